@@ -1,0 +1,21 @@
+"""Sample sources, joint transforms, batches, export and preview: numpy, Pillow and grain, no device work."""
+
+from fairhuman_jax.data.export import export_folder
+from fairhuman_jax.data.folder import BadSample, FolderDataset
+from fairhuman_jax.data.loader import BatchIterator, Source, Transform, make_loader
+from fairhuman_jax.data.preview import overlay
+from fairhuman_jax.data.transforms import Geometry, JointTransform, dilate_mask
+
+__all__ = [
+    "BadSample",
+    "BatchIterator",
+    "FolderDataset",
+    "Geometry",
+    "JointTransform",
+    "Source",
+    "Transform",
+    "dilate_mask",
+    "export_folder",
+    "make_loader",
+    "overlay",
+]

@@ -1,0 +1,140 @@
+"""Samples drawn once and kept: a folder of arrays, made by all cores on first use and mapped into memory after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from platformdirs import user_cache_dir
+from tqdm import tqdm
+
+from fairhuman_jax.data.loader import Source
+from fairhuman_jax.data.people import PeopleDataset
+
+CHUNK = 64
+THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class CachedSource:
+    """The samples of a finished cache folder: image, face_mask, hand_mask and caption of each. Picklable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.captions: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        self._images = np.load(folder / "image.npy", mmap_mode="r")
+        self._masks = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("face_mask", "hand_mask")
+        }
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = np.asarray(self._images[index])
+        side = image.shape[0]
+        masks = {
+            name: np.unpackbits(packed[index], count=side * side).reshape(side, side, 1)
+            for name, packed in self._masks.items()
+        }
+        return {"image": image, "caption": self.captions[index], **masks}
+
+    def __reduce__(self):
+        return CachedSource, (self.folder,)
+
+
+def cached_people(size: int, length: int, seed: int, start: int = 0) -> CachedSource:
+    """People-world samples `start` to `start + length`, from the user's cache folder or rendered into it.
+
+    The folder's name covers the arguments and the renderer's own source, so a changed renderer draws anew. The folder
+    appears whole or not at all. FAIRHUMAN_CACHE names another place for it. Errors: no room or no right to write.
+    """
+    source = PeopleDataset(size, length, seed, start=start)
+    root = Path(os.environ.get("FAIRHUMAN_CACHE") or user_cache_dir("fairhuman_jax"))
+    folder = root / f"people-{size}px-seed{seed}-{start}+{length}-{_renderer_digest()}"
+    if not folder.is_dir():
+        try:
+            _write(source, folder)
+        except OSError as error:
+            raise OSError(
+                f"people world: cannot keep {length} images in {root} ({error.strerror or error}); "
+                "set FAIRHUMAN_CACHE to a folder with room"
+            ) from error
+    return CachedSource(folder)
+
+
+def _write(source: Source, folder: Path) -> None:
+    """Renders every sample with one process a core, then renames the finished folder into place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="people-", dir=folder.parent))
+    try:
+        captions: list[str] = []
+        side = source[0]["image"].shape[0]
+        rows = {"image": (side, side, 3), "face_mask": ((side * side + 7) // 8,)}
+        rows["hand_mask"] = rows["face_mask"]
+        arrays = {
+            name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, (len(source), *shape))
+            for name, shape in rows.items()
+        }
+        spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
+        context = multiprocessing.get_context("spawn")
+        with (
+            _one_thread_each(),
+            ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
+            tqdm(total=len(source), desc="rendering people", unit="image", smoothing=0.1) as bar,
+        ):
+            for span, (chunk, texts) in zip(
+                spans, pool.map(_render, [source] * len(spans), spans), strict=True
+            ):
+                for name, array in arrays.items():
+                    array[span.start : span.stop] = chunk[name]
+                captions += texts
+                bar.update(len(span))
+        for array in arrays.values():
+            array.flush()
+        (work / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _render(source: Source, span: range) -> tuple[dict[str, np.ndarray], list[str]]:
+    samples = [source[i] for i in span]
+    arrays = {"image": np.stack([sample["image"] for sample in samples])}
+    for name in ("face_mask", "hand_mask"):
+        arrays[name] = np.stack([np.packbits(sample[name]) for sample in samples])
+    return arrays, [sample["caption"] for sample in samples]
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Child processes inherit one BLAS thread: two processes with default pools on two cores are half as fast."""
+    before = {name: os.environ.get(name) for name in THREAD_SETTINGS}
+    os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _renderer_digest() -> str:
+    """Twelve hex digits over the people world's source files and its body pack."""
+    digest = hashlib.sha256()
+    for entry in sorted(resources.files("fairhuman_jax.data.people").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith((".py", ".npz")):
+            digest.update(entry.name.encode() + entry.read_bytes())
+    return digest.hexdigest()[:12]

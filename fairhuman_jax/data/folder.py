@@ -1,0 +1,268 @@
+"""Reader of a folder that holds `metadata.jsonl`: one photo with caption, masks and control image a line.
+
+The layout is FairHuman's (github.com/PRIS-CV/FairHuman, dataset/wholebody_dataset.py): UTF-8, one JSON object
+a line, paths relative to the folder, keys `image`, `text_english`, `mask_face`, `mask_hand`,
+`conditioning_image`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_LOG = logging.getLogger(__name__)
+_OPTIONAL_DEFAULTS = {
+    "face_mask_column": "mask_face",
+    "hand_mask_column": "mask_hand",
+    "condition_column": "conditioning_image",
+}
+_ASPECT_TOLERANCE = 0.02
+MASK_THRESHOLD = 128
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used; the message names the file and the line of the metadata."""
+
+
+def read_image(path: str | os.PathLike[str], background: int = 255) -> np.ndarray:
+    """Any picture file as RGB, uint8 [H, W, 3].
+
+    EXIF orientation is applied; palettes and greys become RGB; 16-bit values are divided by 257; transparent
+    pixels are laid over a grey `background`. Raises BadSample naming the file when it is missing, damaged or
+    no picture.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            picture = ImageOps.exif_transpose(file)
+            return _to_rgb(picture, background)
+    except FileNotFoundError:
+        raise BadSample(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise BadSample(f"{path}: not a picture file that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSample(f"{path}: damaged picture ({error})") from None
+
+
+def _to_rgb(picture: Image.Image, background: int) -> np.ndarray:
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.max(initial=0) > 255 or picture.mode != "I":
+            values = (values + 128) // 257
+        return np.repeat(np.clip(values, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+    if picture.mode == "F":
+        raise BadSample("floating-point pixels; store 8 or 16 bits a channel")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        canvas = Image.new("RGBA", picture.size, (background, background, background, 255))
+        picture = Image.alpha_composite(canvas, picture)
+    return np.array(picture.convert("RGB"))
+
+
+def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
+    """Any picture file as a mask, uint8 [H, W, 1] in {0, 1}: 1 where the grey value is >= 128."""
+    grey = Image.fromarray(read_image(path, background=0)).convert("L")
+    return (np.asarray(grey) >= MASK_THRESHOLD).astype(np.uint8)[..., None]
+
+
+class FolderDataset:
+    """Random access to the samples of a `metadata.jsonl` folder.
+
+    A sample is `image` uint8 [H, W, 3], `caption` str (and `captions` when the line holds a list), and, where
+    the folder has them, `face_mask`, `hand_mask` uint8 [H, W, 1] in {0, 1} and `conditioning_image` uint8 [H,
+    W, 3]. A key is present in every sample or in none: a line without the path gets an empty mask, or a black
+    control image; `missing` counts those lines. Masks and control images of another size but the same shape
+    are resized to the image.
+
+    `on_error`: "skip" replaces a bad sample by the next good one of the folder (so the order stays a function
+    of the index alone) and counts it in `bad`, also when worker processes met it; "stop" raises BadSample.
+    Lines that are not JSON, or lack image or caption, are found at construction. Raises FileNotFoundError,
+    ValueError.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        image_column: str = "image",
+        caption_column: str = "text_english",
+        face_mask_column: str = "mask_face",
+        hand_mask_column: str = "mask_hand",
+        condition_column: str = "conditioning_image",
+        on_error: str = "skip",
+    ) -> None:
+        if on_error not in ("skip", "stop"):
+            raise ValueError(f"on_error = {on_error!r}: use 'skip' or 'stop'")
+        self.root = Path(root)
+        self.metadata = self.root / "metadata.jsonl"
+        self.on_error = on_error
+        self._image_column, self._caption_column = image_column, caption_column
+        optional = {
+            "face_mask_column": face_mask_column,
+            "hand_mask_column": hand_mask_column,
+            "condition_column": condition_column,
+        }
+        if not self.metadata.is_file():
+            raise FileNotFoundError(
+                f"{self.metadata}: not found; a data folder holds one JSON object a line there"
+            )
+        self._open_report()
+        records = list(self._read_lines())
+        keys = sorted({key for _, record in records for key in record})
+        self._check_columns(keys, optional)
+        self._columns = {
+            name: column
+            for name, column in zip(
+                ("face_mask", "hand_mask", "conditioning_image"), optional.values(), strict=True
+            )
+            if column in keys
+        }
+        self._lines = [(line, record) for line, record in records if self._complete(line, record)]
+        if not self._lines:
+            raise ValueError(f"{self.metadata}: no usable line ({self.bad} bad)")
+        self.missing = {
+            column: absent
+            for column in self._columns.values()
+            if (absent := sum(not record.get(column) for _, record in self._lines))
+        }
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.root}")
+        for offset in range(len(self)):
+            line, record = self._lines[(index + offset) % len(self)]
+            try:
+                return self._load(record)
+            except BadSample as error:
+                self._report(line, error)
+        raise BadSample(f"{self.metadata}: none of its {len(self)} samples can be read")
+
+    def __repr__(self) -> str:
+        return (
+            f"FolderDataset({str(self.root)!r}, samples={len(self)}, bad={self.bad}, missing={self.missing})"
+        )
+
+    # -- metadata --------------------------------------------------------------------------------------------
+
+    def _read_lines(self) -> Iterable[tuple[int, dict[str, Any]]]:
+        with self.metadata.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.strip():
+                    continue
+                try:
+                    record = json.loads(raw.decode("utf-8-sig"))
+                    if not isinstance(record, dict):
+                        raise ValueError(f"a JSON object is needed, found {type(record).__name__}")
+                except ValueError as error:
+                    self._report(number, BadSample(f"bad JSON: {error}"))
+                    continue
+                yield number, record
+
+    def _check_columns(self, keys: list[str], optional: dict[str, str]) -> None:
+        required = {"image_column": self._image_column, "caption_column": self._caption_column}
+        wrong = {name: column for name, column in required.items() if column not in keys}
+        wrong |= {
+            name: column
+            for name, column in optional.items()
+            if column not in keys and column != _OPTIONAL_DEFAULTS[name]
+        }
+        for name, column in wrong.items():
+            raise ValueError(
+                f"{self.metadata}: no key {column!r} ({name}); keys found: {', '.join(keys) or 'none'}"
+            )
+
+    def _complete(self, line: int, record: dict[str, Any]) -> bool:
+        """Whether a line has what a sample needs; reports it otherwise."""
+        caption, image = record.get(self._caption_column), record.get(self._image_column)
+        texts = caption if isinstance(caption, list) and caption else [caption]
+        paths = [record.get(column) for column in self._columns.values()]
+        if not isinstance(image, str) or not image:
+            problem = f"{self._image_column!r} must be a path, found {image!r}"
+        elif not all(isinstance(text, str) for text in texts):
+            problem = f"{self._caption_column!r} must be a string or a list of strings, found {caption!r}"
+        elif not all(path is None or isinstance(path, str) for path in paths):
+            problem = f"{list(self._columns.values())} must be paths or null, found {paths!r}"
+        else:
+            return True
+        self._report(line, BadSample(problem))
+        return False
+
+    # -- pixels ----------------------------------------------------------------------------------------------
+
+    def _load(self, record: dict[str, Any]) -> dict[str, Any]:
+        image_path = self.root / record[self._image_column]
+        image = read_image(image_path)
+        caption = record[self._caption_column]
+        sample: dict[str, Any] = {
+            "image": image,
+            "caption": caption if isinstance(caption, str) else caption[0],
+        }
+        if isinstance(caption, list):
+            sample["captions"] = tuple(caption)
+        for name, column in self._columns.items():
+            channels = 3 if name == "conditioning_image" else 1
+            if not record.get(column):
+                sample[name] = np.zeros((*image.shape[:2], channels), np.uint8)
+                continue
+            path = self.root / record[column]
+            layer = read_image(path, background=0) if channels == 3 else read_mask(path)
+            sample[name] = _fit(layer, image.shape[:2], path, image_path)
+        return sample
+
+    # -- bad samples -----------------------------------------------------------------------------------------
+
+    def _open_report(self) -> None:
+        """Bad samples are appended to one temporary file, which worker processes share by its name."""
+        handle, self._report_path = tempfile.mkstemp(prefix="bad_samples_", suffix=".txt")
+        os.close(handle)
+        self._reported: set[str] = set()
+        self._cleanup = weakref.finalize(self, Path(self._report_path).unlink, missing_ok=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cleanup"}
+
+    def _report(self, line: int, error: BadSample) -> None:
+        text = f"{self.metadata}:{line}: {error}"
+        if self.on_error == "stop":
+            raise BadSample(text) from None
+        if text in self._reported:
+            return
+        self._reported.add(text)
+        _LOG.warning("skipped %s", text)
+        with open(self._report_path, "a", encoding="utf-8") as file:
+            file.write(text.replace("\n", " ") + "\n")
+
+    def bad_lines(self) -> list[str]:
+        """One line of text for each bad sample met so far, by this process or its workers."""
+        if not os.path.exists(self._report_path):
+            return []
+        return sorted(set(Path(self._report_path).read_text(encoding="utf-8").splitlines()))
+
+    @property
+    def bad(self) -> int:
+        """Number of different bad samples met so far."""
+        return len(self.bad_lines())
+
+
+def _fit(layer: np.ndarray, size: tuple[int, int], path: Path, image_path: Path) -> np.ndarray:
+    """`layer` [h, w, C] at the image's size [H, W]; refuses another aspect ratio."""
+    (height, width), (high, wide) = size, layer.shape[:2]
+    if (high, wide) == (height, width):
+        return layer
+    if abs((wide * height) / (width * high) - 1.0) > _ASPECT_TOLERANCE:
+        raise BadSample(f"{path}: {wide}x{high} pixels do not fit {image_path.name} ({width}x{height})")
+    if layer.shape[-1] == 3:
+        return np.array(Image.fromarray(layer).resize((width, height), Image.Resampling.BILINEAR))
+    grey = Image.fromarray(layer[..., 0] * np.uint8(255)).resize((width, height), Image.Resampling.BILINEAR)
+    return (np.asarray(grey) >= MASK_THRESHOLD).astype(np.uint8)[..., None]

@@ -1,0 +1,8 @@
+"""Parametric clothed humans with exact labels: pictures, captions, masks, key points, depth and identity."""
+
+from fairhuman_jax.data.people.dataset import PeopleDataset
+from fairhuman_jax.data.people.pack import PeoplePack
+from fairhuman_jax.data.people.render import render
+from fairhuman_jax.data.people.spec import sample_spec
+
+__all__ = ["PeopleDataset", "PeoplePack", "render", "sample_spec"]

@@ -1,0 +1,80 @@
+"""Command line of the people world: `python -m fairhuman_jax.data.people {sheet,export} --help`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fairhuman_jax.data.export import export_folder
+from fairhuman_jax.data.people.dataset import PeopleDataset
+from fairhuman_jax.data.people.pack import PeoplePack
+from fairhuman_jax.data.people.render import render
+from fairhuman_jax.data.people.sheet import contact_sheet
+from fairhuman_jax.data.people.spec import sample_spec
+
+
+def sheet(arguments: argparse.Namespace) -> None:
+    """Write a contact sheet of samples beside their masks and skeletons."""
+    pack = PeoplePack.load()
+    indices = range(arguments.start, arguments.start + arguments.count)
+    specs = (sample_spec(arguments.seed, i, arguments.framing) for i in indices)
+    samples = (render(pack, spec, arguments.size) for spec in specs)
+    picture = contact_sheet(samples, arguments.columns, max(arguments.size, arguments.tile))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(arguments.out)
+    print(f"{arguments.out}: {arguments.count} samples of {arguments.size} px, seed {arguments.seed}")
+
+
+def _add_sheet(commands) -> None:
+    parser = commands.add_parser("sheet", help=sheet.__doc__)
+    parser.add_argument("out", type=Path, help="picture to write")
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--size", type=int, default=128, help="pixels of a sample")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="first index")
+    parser.add_argument("--columns", type=int, default=4, help="samples in a row")
+    parser.add_argument("--tile", type=int, default=192, help="pixels a sample is enlarged to")
+    parser.add_argument("--framing", default=None, help="force one framing, for example 'portrait'")
+    parser.set_defaults(run=sheet)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write samples as a metadata.jsonl folder: pictures, captions, face and hand masks."""
+    people = PeopleDataset(arguments.size, arguments.count, arguments.seed)
+    try:
+        path = export_folder(people, arguments.folder, report=_progress)
+    except FileExistsError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{path}: {arguments.count} samples of {arguments.size} px, seed {arguments.seed}")
+
+
+def _progress(done: int, count: int) -> None:
+    if done % 100 == 0:
+        print(f"{done} of {count}", flush=True)
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser("export", help=export.__doc__)
+    parser.add_argument("folder", type=Path, help="empty or new folder")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--size", type=int, default=128, help="pixels of a sample")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=export)
+
+
+# One function per subcommand: each adds its parser and names what to run.
+SUBCOMMANDS = (_add_sheet, _add_export)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and run; `arguments` default to the command line's."""
+    parser = argparse.ArgumentParser(prog="python -m fairhuman_jax.data.people", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for add in SUBCOMMANDS:
+        add(commands)
+    chosen = parser.parse_args(arguments)
+    chosen.run(chosen)
+
+
+if __name__ == "__main__":
+    main()

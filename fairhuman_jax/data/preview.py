@@ -1,0 +1,58 @@
+"""A picture of a batch: images with face masks in red and hand masks in green laid over, captions below."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FACE_COLOUR = (255, 0, 0)
+HAND_COLOUR = (0, 255, 0)
+STRENGTH = 0.45
+
+
+def tint(
+    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], strength: float = STRENGTH
+) -> np.ndarray:
+    """(1 - s) image + s colour where mask [..., H, W, 1] is 1; image uint8 [..., H, W, 3]."""
+    mixed = (1.0 - strength) * image + strength * np.asarray(colour, np.float32)
+    return np.where(mask > 0, np.rint(mixed), image).astype(np.uint8)
+
+
+def overlay(
+    batch: Mapping[str, np.ndarray],
+    captions: Sequence[str] | None = None,
+    columns: int = 4,
+    tile: int | None = None,
+) -> Image.Image:
+    """Sheet of a batch (image uint8 [B, H, W, 3], optional face_mask, hand_mask, conditioning_image).
+
+    Each tile is the tinted image (its control image, if any, to the right) with its caption below; `tile` is
+    the shown height in pixels (None: the image's own, at least 128).
+    """
+    images = np.asarray(batch["image"])
+    count, high = images.shape[:2]
+    for name, colour in (("face_mask", FACE_COLOUR), ("hand_mask", HAND_COLOUR)):
+        if name in batch:
+            images = tint(images, np.asarray(batch[name]), colour)
+    if "conditioning_image" in batch:
+        images = np.concatenate([images, np.asarray(batch["conditioning_image"])], axis=2)
+    tile = tile or max(high, 128)
+    width = tile * images.shape[2] // high
+    font = ImageFont.load_default(size=12)
+    per_line = max(8, width // 7)
+    texts = ["\n".join(textwrap.wrap(text, per_line)) for text in captions or [""] * count]
+    if len(texts) != count:
+        raise ValueError(f"{len(texts)} captions for {count} images")
+    below = 4 + 15 * max(len(text.splitlines()) for text in texts)
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * width, rows * (tile + below)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+        left, top = index % columns * width, index // columns * (tile + below)
+        sheet.paste(Image.fromarray(image).resize((width, tile), Image.Resampling.BILINEAR), (left, top))
+        draw.multiline_text((left + 3, top + tile + 1), text, fill="black", font=font)
+    return sheet

@@ -1,0 +1,149 @@
+"""Damped Newton solver of the alpha-fair weight equation on a diagonally scaled Gram matrix."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+STAGE_STEPS = 16
+FINAL_STEPS = 24
+LINE_SEARCH_HALVINGS = 10
+BOUNDARY_FRACTION = 0.95
+CONTINUATION_START = 3.0
+TRACED_ALPHA_STAGES = 5
+
+
+def solve_alpha_fair(gram: Array, active: Array, alpha: float | Array, priority: Array) -> Array:
+    """Solve (G w)_i = (p_i / w_i)^(1/alpha), w > 0, over the active tasks.
+
+    With s_i = p_i^(1/(alpha+1)) G_ii^(-alpha/(alpha+1)) and w = s v the equation is K v = v^(-1/alpha), K_ii = 1;
+    multiplied by m_i^2, m_i = s_i sqrt(G_ii), it is the stationarity of the strictly convex
+    1/2 v^T M v - sum_i m_i^2 phi(v_i), M = m rho m, phi' = v^(-1/alpha), which damped Newton minimises.
+
+    `gram` [K, K] finite, of order 1; `active` bool [K]; `alpha` >= 0; `priority` [K] > 0.
+    Returns w [K]; the entries of inactive tasks are meaningless.
+    """
+    dtype = gram.dtype
+    norm = jnp.sqrt(jnp.where(active, jnp.diagonal(gram), 1.0))
+    pair = active[:, None] & active[None, :]
+    eye = jnp.eye(gram.shape[0], dtype=dtype)
+    # The diagonal of the cosine matrix is 1 by definition; the ridge bounds exactly opposed gradients.
+    cosines = jnp.where(pair & (eye == 0), gram / (norm[:, None] * norm[None, :]), 0.0)
+    cosines = cosines + (1.0 + 4.0 * jnp.finfo(dtype).eps) * eye
+
+    path = _alpha_path(alpha, dtype)
+
+    def stage(start: Array, stage_alpha: Array) -> tuple[Array, None]:
+        matrix, share = _scaled_problem(cosines, norm, active, stage_alpha, priority)
+        return _newton(start, matrix, share, stage_alpha, STAGE_STEPS), None
+
+    stopped = jax.lax.stop_gradient
+    cosines_in, norm_in, priority_in = cosines, norm, priority
+    cosines, norm, priority = stopped(cosines), stopped(norm), stopped(priority)
+    values, _ = jax.lax.scan(stage, jnp.ones_like(norm), stopped(path))
+    last = path[-1]
+    matrix, share = _scaled_problem(cosines, norm, active, stopped(last), priority)
+    values = stopped(_newton(values, matrix, share, stopped(last), FINAL_STEPS))
+
+    # One more Newton step from the constant solution with a constant Jacobian: its derivative is the implicit one.
+    matrix, share = _scaled_problem(cosines_in, norm_in, active, last, priority_in)
+    gradient = _gradient(values, matrix, share, last)
+    step = -_solve_spd(stopped(_hessian(values, matrix, share, last)), gradient)
+    values = _advance(values, stopped(_largest_step(values, step, last)) * step, last)
+    scale = priority_in ** (1.0 / (last + 1.0)) * norm_in ** (-2.0 * last / (last + 1.0))
+    return jnp.where(jnp.asarray(alpha) > 0, scale * values, priority_in)
+
+
+def _alpha_path(alpha: float | Array, dtype: jnp.dtype) -> Array:
+    """Exponents solved in turn, each from the last solution: one for small alpha, a geometric ramp for large."""
+    if isinstance(alpha, jax.core.Tracer):
+        stages = TRACED_ALPHA_STAGES
+    else:
+        stages = max(1, 1 + math.ceil(math.log2(max(float(alpha), 1e-6) / CONTINUATION_START)))
+    alpha = jnp.asarray(alpha, dtype)
+    alpha = jnp.where(alpha > 0, alpha, 1.0)
+    start = jnp.minimum(alpha, CONTINUATION_START)
+    return start * (alpha / start) ** (jnp.arange(1, stages + 1, dtype=dtype) / stages)
+
+
+def _scaled_problem(
+    cosines: Array, norm: Array, active: Array, alpha: Array, priority: Array
+) -> tuple[Array, Array]:
+    """M [K, K] and m^2 [K] of the scaled problem, normalised so that the largest share m_i is 1."""
+    share = norm ** ((1.0 - alpha) / (1.0 + alpha)) * priority ** (1.0 / (1.0 + alpha))
+    share = jnp.where(active, share, 1.0)
+    share = share / jax.lax.stop_gradient(jnp.max(share))
+    return cosines * share[:, None] * share[None, :], share**2
+
+
+def _newton(values: Array, matrix: Array, share: Array, alpha: Array, steps: int) -> Array:
+    """`steps` damped Newton steps from `values` > 0: boundary limit, then Armijo over halved steps, all tried at once."""
+    halvings = 0.5 ** jnp.arange(LINE_SEARCH_HALVINGS, dtype=values.dtype)
+    power = 1.0 - 1.0 / alpha
+    eps = jnp.finfo(values.dtype).eps
+
+    def merit(point: Array) -> tuple[Array, Array]:
+        logs = jnp.log(point)
+        utility = jnp.where(power == 0, logs, jnp.expm1(power * logs) / jnp.where(power == 0, 1.0, power))
+        quadratic = 0.5 * jnp.sum(point * jnp.sum(matrix * point, axis=-1))
+        total = jnp.sum(share * utility)
+        return quadratic - total, quadratic + jnp.sum(jnp.abs(share * utility))
+
+    def body(_: int, point: Array) -> Array:
+        gradient = _gradient(point, matrix, share, alpha)
+        step = -_solve_spd(_hessian(point, matrix, share, alpha), gradient)
+        slope = jnp.sum(gradient * step)
+        before, size = merit(point)
+        sizes = _largest_step(point, step, alpha) * halvings
+        after, _ = jax.vmap(lambda length: merit(_advance(point, length * step, alpha)))(sizes)
+        # Near the solution the true decrease is below rounding: allow that much.
+        enough = after <= before + 1e-4 * sizes * slope + 8.0 * eps * size
+        chosen = jnp.where(jnp.any(enough), sizes[jnp.argmax(enough)], sizes[-1])
+        moved = _advance(point, chosen * step, alpha)
+        return jnp.where(jnp.all(jnp.isfinite(moved)), moved, point)
+
+    return jax.lax.fori_loop(0, steps, body, values)
+
+
+def _largest_step(values: Array, step: Array, alpha: Array) -> Array:
+    """Largest length in (0, 1] that covers at most 0.95 of the way to zero in every entry above the floor."""
+    shrinks = (step < 0) & (values > 2.0 * _floor(alpha))
+    ratio = jnp.where(shrinks, -values / jnp.where(shrinks, step, -1.0), jnp.inf)
+    return jnp.minimum(1.0, BOUNDARY_FRACTION * jnp.min(ratio))
+
+
+def _advance(values: Array, step: Array, alpha: Array) -> Array:
+    return jnp.maximum(values + step, _floor(alpha))
+
+
+def _floor(alpha: Array) -> Array:
+    """Smallest value kept: with large alpha a dominated task's value leaves the fp32 range, and so would
+    its curvature v^(-1/alpha - 1); at the floor its contribution is already nothing.
+    """
+    return float(jnp.finfo(jnp.float32).tiny) ** (0.8 / (1.0 + 1.0 / alpha))
+
+
+def _gradient(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
+    return jnp.sum(matrix * values, axis=-1) - share * values ** (-1.0 / alpha)
+
+
+def _hessian(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
+    return matrix + jnp.diag(share * values ** (-1.0 / alpha - 1.0) / alpha)
+
+
+def _solve_spd(matrix: Array, right: Array) -> Array:
+    """Solve a small symmetric positive definite system by elimination without pivoting.
+
+    Plain arithmetic on K x K numbers: fuses into the loop body on every backend, where a library
+    factorisation would be a separate call each step.
+    """
+    count = right.shape[0]
+    table = jnp.concatenate([matrix, right[:, None]], axis=1)
+    for column in range(count):
+        pivot = table[column] / table[column, column]
+        table = (table - table[:, column : column + 1] * pivot).at[column].set(pivot)
+    return table[:, -1]

@@ -1,0 +1,147 @@
+"""Layers that every network shares: linear maps (with low-rank updates), convolutions, norms, timestep embedding.
+
+Parameters are float32 unless a checkpoint was loaded in another dtype; `dtype` is the compute dtype. Norms take their
+statistics in float32 whatever `dtype` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = jnp.dtype | type
+
+
+class Linear(nn.Module):
+    """`y = x W + b`, plus `(x down) up` when the `lora` collection holds `down` [in, r] and `up` [r, out] for it.
+
+    The strength alpha / r of a low-rank update is folded into `up` by `models.lora.scale_lora`.
+    Source of the update rule: Hu et al. 2021 (LoRA), equation 3.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "down"):
+            down = self.get_variable("lora", "down").astype(self.dtype)
+            up = self.get_variable("lora", "up").astype(self.dtype)
+            y = y + (x @ down) @ up
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """2-D convolution on NHWC with an HWIO kernel.
+
+    `padding` counts pixels on every side, or is ((top, bottom), (left, right)).
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        padding = self.padding
+        if isinstance(padding, int):
+            padding = ((padding, padding), (padding, padding))
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(self.strides, self.strides),
+            padding=padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias.astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over space and channel groups; statistics in float32."""
+
+    num_groups: int = 32
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(f"GroupNorm: {channels} channels do not divide into {self.num_groups} groups")
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        groups = x.astype(jnp.float32).reshape(x.shape[0], -1, self.num_groups, channels // self.num_groups)
+        mean = groups.mean(axis=(1, 3), keepdims=True)
+        centred = groups - mean
+        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
+        normed = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation over the last axis; statistics in float32."""
+
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def timestep_embedding(
+    timesteps: jax.Array,
+    dim: int,
+    *,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float = 0.0,
+    max_period: float = 10_000.0,
+) -> jax.Array:
+    """Sinusoidal embedding [B, dim] of timesteps [B], float32.
+
+    Frequencies are `max_period ** (-i / (dim / 2 - freq_shift))`; `flip_sin_to_cos` puts the cosines first.
+    Source: Ho et al. 2020 (DDPM), appendix B, in the parametrisation of diffusers' UNet configs.
+    """
+    half = dim // 2
+    exponent = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(-jnp.log(max_period) * exponent)[None, :]
+    first, second = (jnp.cos, jnp.sin) if flip_sin_to_cos else (jnp.sin, jnp.cos)
+    embedding = jnp.concatenate([first(angles), second(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation a diffusers or transformers config names; unknown names are refused."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[name]

@@ -1,0 +1,1 @@
+"""The systems: frozen records with one contract (docs/design.md, section 3)."""

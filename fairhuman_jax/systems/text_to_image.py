@@ -1,0 +1,97 @@
+"""Plain text-to-image training of a whole latent diffusion model: how the shipped base is made.
+
+The autoencoder is frozen; denoiser and text encoder train together under the one denoising objective.
+Source: Rombach et al. 2022 (latent diffusion), equation 3; v-prediction: Salimans and Ho 2022, appendix D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fairhuman_jax.diffusion import NoiseSchedule, snr
+from fairhuman_jax.losses import denoising_loss, min_snr_weight
+from fairhuman_jax.models import CLIPText, UNet2DCondition
+from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
+from fairhuman_jax.systems.contract import Batch
+from fairhuman_jax.weights import Pipeline, load_model, load_tokenizer, save_pipeline
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class TextToImageConfig:
+    """A base model from nothing but a trained autoencoder and a tokenizer.
+
+    vae, tokenizer: folders; unet, text_encoder, scheduler: configs in diffusers' and transformers' keys; snr_gamma:
+    min-SNR weighting, or None.
+    """
+
+    vae: str
+    tokenizer: str
+    unet: Mapping[str, Any] = field(default_factory=dict)
+    text_encoder: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    snr_gamma: float | None = None
+    remat: str = "none"
+    dtype: str = "float32"
+
+    def build(self) -> TextToImage:
+        """Reads autoencoder and tokenizer. Errors: folders that are missing or hold something else."""
+        runtime = {"dtype": jnp.dtype(self.dtype), "remat": self.remat}
+        vae, vae_params = load_model(self.vae, dtype=self.dtype, remat=self.remat)
+        pipeline = Pipeline(
+            unet=UNet2DCondition.from_config(self.unet, **runtime),
+            vae=vae,
+            text_encoders=(CLIPText.from_config(self.text_encoder, **runtime),),
+            tokenizers=(load_tokenizer(self.tokenizer),),
+            schedule=NoiseSchedule.from_config(self.scheduler),
+            params={"vae": vae_params},
+        )
+        return TextToImage(pipeline=pipeline, config=self)
+
+
+@dataclass(frozen=True, eq=False)
+class TextToImage(LatentDiffusion):
+    """Trainable: {"unet", "text_encoder"} parameters. Frozen: {"vae"}. One objective: denoising."""
+
+    config: TextToImageConfig
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Random denoiser and text encoder, and the frozen autoencoder."""
+        unet_key, text_key = jax.random.split(key)
+        unet, encoder = self.pipeline.unet, self.pipeline.text_encoders[0]
+        trainable = {
+            "unet": jax.jit(unet.init)(unet_key, *unet.example_inputs())["params"],
+            "text_encoder": jax.jit(encoder.init)(text_key, *encoder.example_inputs())["params"],
+        }
+        return trainable, {"vae": self.pipeline.params["vae"]}
+
+    def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
+        """{"output", "target": [B, h, w, c], "weight": [B]}."""
+        prediction, timesteps = self.noisy_prediction(frozen | trainable, batch, key)
+        schedule = self.pipeline.schedule
+        weight = jnp.ones(timesteps.shape, jnp.float32)
+        if self.config.snr_gamma is not None:
+            weight = min_snr_weight(snr(schedule, timesteps), self.config.snr_gamma, schedule.prediction_type)
+        return prediction | {"weight": weight}
+
+    def objectives(self, prediction: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """The mean squared error of the network's output."""
+        losses = denoising_loss(prediction["output"], prediction["target"])
+        return {"denoising": jnp.mean(prediction["weight"] * losses)}
+
+    def sample(self, trainable: PyTree, frozen: PyTree, request: SampleRequest, key: jax.Array) -> jax.Array:
+        """Images [N, H, W, 3] in [-1, 1]."""
+        return self.sample_images(frozen | trainable, request, key)
+
+    def export(self, trainable: PyTree, frozen: PyTree, folder: Path) -> Path:
+        """Writes the whole pipeline as a diffusers folder in float16 and returns it."""
+        params = {name: tree for name, tree in (frozen | trainable).items()}
+        save_pipeline(replace(self.pipeline, params=params), folder, dtype="float16")
+        return folder

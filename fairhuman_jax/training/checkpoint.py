@@ -1,0 +1,70 @@
+"""Orbax checkpoints: trainables, optimiser, average, key and step, with the data position; never the frozen base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from fairhuman_jax.training.state import TrainState
+
+
+class Checkpointer:
+    """Saves asynchronously into `folder/<step>`; a save that was cut off is never restored.
+
+    A checkpoint holds the state (arrays), the position of the data iterator and the run's configuration (JSON).
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
+        """Begins a save; the arrays are copied before this returns, the files are written in the background."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_storable(state)),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(config),
+        )
+        self._manager.save(step, args=args, force=True)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The latest checkpoint as (state, data position), placed like `state`, which gives the structure.
+
+        Errors: no checkpoint, or one of another model or optimiser.
+        """
+        step = self.latest_step
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint to resume from in {self.folder}; start without --resume")
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(state))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=args)
+        except (ValueError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"checkpoint {self.folder / str(step)} does not fit this configuration ({first_line}); "
+                "resume with the configuration it was saved under"
+            ) from error
+        stored = restored["state"]
+        key = jax.random.wrap_key_data(stored["key"], impl=jax.random.key_impl(state.key))
+        return TrainState(**(stored | {"key": key})), restored["data"]
+
+    def close(self) -> None:
+        """Waits for the save in flight."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _storable(state: TrainState) -> dict[str, Any]:
+    """The state as a plain dict of arrays; keys are stored as their data."""
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    return fields | {"key": jax.random.key_data(state.key)}

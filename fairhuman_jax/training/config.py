@@ -1,0 +1,65 @@
+"""The configuration of a training run: what `configs/*.py` build and `--set` changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fairhuman_jax.systems.autoencoder import AutoencoderConfig
+from fairhuman_jax.systems.contract import PreviewConfig
+from fairhuman_jax.systems.fairhuman import FairHumanConfig
+from fairhuman_jax.systems.text_to_image import TextToImageConfig
+from fairhuman_jax.training.state import OptimizerConfig
+from fairhuman_jax.training.step import FairConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    folder: a FairHuman folder (metadata.jsonl), or None for the people world; length, seed: of the people world, which
+    is rendered on first use and kept; held_out: samples kept from training (at most a quarter of a folder); resolution:
+    pixels a side after the joint resize and crop (center or random); flip: probability of mirroring; caption_dropout:
+    probability of an empty caption; cache_latents: encode every image once before training (no crop or flip then);
+    workers: loader processes; on_error: skip or stop at a sample that cannot be read.
+    """
+
+    folder: str | None = None
+    length: int = 2048
+    seed: int = 0
+    held_out: int = 128
+    resolution: int = 64
+    crop: str = "center"
+    flip: float = 0.0
+    caption_dropout: float = 0.0
+    cache_latents: bool = False
+    workers: int = 0
+    on_error: str = "skip"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and rhythm of a run. `batch_size` is global; `fsdp` is the second mesh axis; 0 turns a rhythm off."""
+
+    steps: int = 200
+    batch_size: int = 8
+    accumulate: int = 1
+    seed: int = 0
+    ema_decay: float | None = None
+    fsdp: int = 1
+    log_every: int = 1
+    preview_every: int = 0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One experiment."""
+
+    system: FairHumanConfig | TextToImageConfig | AutoencoderConfig
+    output: str
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fair: FairConfig = field(default_factory=FairConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -1,0 +1,107 @@
+"""The train step of every system: K gradients of one forward pass, one combination, one optimiser update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from fairhuman_jax.losses import combine
+from fairhuman_jax.systems.contract import Batch, System
+from fairhuman_jax.training.objectives import accumulated_task_gradients
+from fairhuman_jax.training.sharding import AXES, BATCH_SPEC
+from fairhuman_jax.training.state import TrainState
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class FairConfig:
+    """How K > 1 gradients become one: `method` mpd (alpha-fair; alpha 2 is minimum potential delay), sum, or single
+    (the first objective alone); `priority` weighs objectives inside the fair rule; `rescale` sets the length of the
+    combined gradient (losses.fairness)."""
+
+    method: str = "mpd"
+    alpha: float = 2.0
+    priority: tuple[float, ...] | None = None
+    rescale: str = "n_tasks"
+
+
+def make_train_step(
+    system: System,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    fair: FairConfig,
+    *,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
+    """The compiled `step(state, frozen, batch) -> (state, metrics)`; `state` is donated, `frozen` is not.
+
+    The batch is split over the mesh; task gradients are averaged over it before the Gram matrix is formed, so every
+    device solves the same system. A non-finite gradient leaves trainables, optimiser state and average as they were
+    and adds one to `skipped`.
+    """
+
+    def local_gradients(trainable, frozen, batch, key):
+        size = next(iter(batch.values())).shape[0]
+        first = jax.lax.axis_index(AXES) * size
+        batch = batch | {"position": first + jnp.arange(size)}
+        gradients, losses = accumulated_task_gradients(system, trainable, frozen, batch, key, accumulate)
+        combined, info = combine(
+            gradients,
+            method=fair.method,
+            alpha=fair.alpha,
+            priority=fair.priority,
+            rescale=fair.rescale,
+            axis_name=AXES,
+        )
+        return combined, jax.lax.pmean(losses, AXES), info
+
+    replicated = PartitionSpec()
+    sharded_gradients = jax.shard_map(
+        local_gradients,
+        mesh=mesh,
+        in_specs=(replicated, replicated, BATCH_SPEC, replicated),
+        out_specs=replicated,
+        check_vma=False,
+    )
+
+    def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        gradient, losses, info = sharded_gradients(state.trainable, frozen, batch, key)
+        state, norm = _apply(state, gradient, info["finite"], optimizer, ema_decay)
+        metrics = {f"loss/{name}": loss for name, loss in losses.items()}
+        if len(losses) > 1:
+            metrics |= {f"weight/{name}": info["weights"][i] for i, name in enumerate(losses)}
+        return state, metrics | {"gradient_norm": norm, "skipped": state.skipped}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _apply(
+    state: TrainState,
+    gradient: PyTree,
+    finite: jax.Array,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None,
+) -> tuple[TrainState, jax.Array]:
+    """One optimiser update, or none where the gradient is not finite."""
+    norm = optax.global_norm(gradient)
+    finite = finite & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    ema = state.ema
+    if ema is not None:
+        # The average follows quickly at first, so that short runs are not dominated by the start.
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, trainable)
+    new = state.replace(trainable=trainable, opt_state=opt_state, ema=ema)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.replace(step=state.step))
+    return kept.replace(step=state.step + 1, skipped=state.skipped + jnp.where(finite, 0, 1)), norm

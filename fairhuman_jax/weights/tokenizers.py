@@ -1,0 +1,149 @@
+"""CLIP tokenizers: opening and writing their folders, building a small one from captions, captions to ids."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fairhuman_jax.weights.files import replacing, write_json
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+LONGEST_PROMPT = 1 << 20  # transformers means "no limit" by any larger model_max_length
+Merge = tuple[str, str]
+
+
+def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
+    """The CLIP tokenizer of a folder holding vocab.json and merges.txt, or tokenizer.json.
+
+    Errors: no such folder or files; a tokenizer without a length limit, which would truncate nothing.
+    """
+    from transformers import CLIPTokenizer  # slow to import, and only text needs it
+
+    folder = Path(folder)
+    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if not pair and not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: a CLIP tokenizer folder holds vocab.json and merges.txt, or tokenizer.json"
+        )
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+    if tokenizer.model_max_length > LONGEST_PROMPT:
+        raise ValueError(
+            f"{folder}/tokenizer_config.json must state model_max_length (77 for Stable Diffusion)"
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json, which transformers 4 and 5 both load."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
+    ]
+    _write(Path(folder), tokenizer.get_vocab(), merges, tokenizer.model_max_length, tokenizer.pad_token)
+
+
+def build_small_clip_tokenizer(
+    captions: Iterable[str], folder: str | Path, *, model_max_length: int = 77
+) -> CLIPTokenizer:
+    """Write and open a CLIP tokenizer in which every word of `captions` is one token.
+
+    Byte-level like CLIP's own, so any other text still spells out in pieces. Vocabulary: 256 bytes, the same at the
+    end of a word, one token a merge, start and end token (the largest id; also the padding).
+    Words are merged in order of frequency, so the same captions give the same files.
+    Source: byte-pair encoding, Sennrich et al. 2016, with words instead of counted pairs choosing the merges.
+    """
+    from transformers import CLIPTokenizer
+
+    alphabet = _byte_alphabet()
+    units = [*alphabet, *(char + END_OF_WORD for char in alphabet)]
+    vocabulary = {token: i for i, token in enumerate([*units, START, END])}
+    splitter = CLIPTokenizer(vocab=vocabulary, merges=[]).backend_tokenizer
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        text = splitter.normalizer.normalize_str(caption)
+        counts.update(word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text))
+    ranks: dict[Merge, int] = {}
+    for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        _merge_whole(word, ranks)
+    tokens = dict.fromkeys([*units, *("".join(merge) for merge in ranks), START, END])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    _write(Path(folder), vocabulary, list(ranks), model_max_length, END)
+    return load_tokenizer(folder)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> np.ndarray:
+    """Captions -> int32 ids [B, L] with L = model_max_length: start, words, end, padding; longer ones are cut."""
+    encoded = tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
+    )
+    return np.asarray(encoded["input_ids"], np.int32)
+
+
+def tokens_cut(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> dict[int, int]:
+    """Which captions are too long: index -> number of tokens that `tokenize` drops from the end."""
+    lengths = (len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"])
+    limit = tokenizer.model_max_length
+    return {i: length - limit for i, length in enumerate(lengths) if length > limit}
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable stand-ins of the 256 bytes, in CLIP's order: printable ones first, as themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _merge_whole(word: str, ranks: dict[Merge, int]) -> None:
+    """Add the merges that make `word` one token. New merges rank last, so words done before stay whole."""
+    pieces = _pieces(word, ranks)
+    while len(pieces) > 1:
+        ranks[(pieces[0], pieces[1])] = len(ranks)
+        pieces = _pieces(word, ranks)
+
+
+def _pieces(word: str, ranks: dict[Merge, int]) -> list[str]:
+    """Byte-pair encoding of one word: the earliest known merge is applied everywhere, until none is left."""
+    pieces = [*word[:-1], word[-1] + END_OF_WORD]
+    while True:
+        known = [pair for pair in itertools.pairwise(pieces) if pair in ranks]
+        if not known:
+            return pieces
+        best = min(known, key=ranks.__getitem__)
+        merged, i = [], 0
+        while i < len(pieces):
+            joined = tuple(pieces[i : i + 2]) == best
+            merged.append("".join(best) if joined else pieces[i])
+            i += 2 if joined else 1
+        pieces = merged
+
+
+def _write(folder: Path, vocabulary: dict[str, int], merges: Sequence[Merge], limit: int, pad: str) -> None:
+    ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    with replacing(folder / "vocab.json") as file:
+        file.write(json.dumps(ordered, ensure_ascii=False).encode())
+    with replacing(folder / "merges.txt") as file:
+        file.write("\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges), ""]).encode())
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": limit,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": pad,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    special = {key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    write_json(folder / "special_tokens_map.json", special)

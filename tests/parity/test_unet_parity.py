@@ -1,0 +1,188 @@
+"""UNet2DCondition against diffusers' UNet2DConditionModel on the same random weights, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from fairhuman_jax.models.unet import UNet2DCondition
+from fairhuman_jax.weights import expected_params
+from fairhuman_jax.weights.keys import leaves
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+SD15 = {
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 2,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+    "sample_size": 8,
+}
+SD21 = {
+    **SD15,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": [1, 2],
+    "use_linear_projection": True,
+    "upcast_attention": True,
+    "in_channels": 9,
+}
+SDXL = {
+    "block_out_channels": [16, 32, 32],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": [1, 2, 4],
+    "transformer_layers_per_block": [1, 2, 3],
+    "cross_attention_dim": 24,
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 20,
+    "sample_size": 8,
+}
+
+
+def torch_unet(config: dict):
+    """A diffusers UNet whose every parameter is random and whose norms matter."""
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(**config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
+        model.conv_out.weight.mul_(4.0)
+    return model
+
+
+def to_flax(tensors: dict, module: UNet2DCondition) -> dict:
+    """Torch tensors (weights, or gradients) as the module's parameter tree."""
+    flat = {
+        leaf.path: leaf.from_torch(lambda name: tensors[name].detach().numpy(), None)
+        for leaf in leaves(expected_params(module))
+    }
+    return unflatten_dict(flat)
+
+
+def nchw(array) -> torch.Tensor:
+    return torch.from_numpy(np.moveaxis(np.asarray(array), -1, 1).copy())
+
+
+def inputs(config: dict, height: int, width: int) -> dict:
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    values = {
+        "latents": normal(2, height, width, config.get("in_channels", 4)),
+        "timesteps": np.array([3, 901]),
+        "text": normal(2, 5, config["cross_attention_dim"]),
+    }
+    if "addition_embed_type" in config:
+        time_ids = np.array([[512, 384, 0, 8, 256, 256], [1024, 1024, 16, 0, 1024, 1024]], np.float32)
+        values["added_cond"] = {"text_embeds": normal(2, 20), "time_ids": time_ids}
+    return values
+
+
+def torch_inputs(values: dict) -> dict:
+    given = {
+        "sample": nchw(values["latents"]),
+        "timestep": torch.from_numpy(values["timesteps"]),
+        "encoder_hidden_states": torch.from_numpy(values["text"]),
+    }
+    if "added_cond" in values:
+        given["added_cond_kwargs"] = {
+            key: torch.from_numpy(value) for key, value in values["added_cond"].items()
+        }
+    if "down_residuals" in values:
+        given["down_block_additional_residuals"] = tuple(nchw(value) for value in values["down_residuals"])
+        given["mid_block_additional_residual"] = nchw(values["mid_residual"])
+    if "adapter_features" in values:
+        given["down_intrablock_additional_residuals"] = [nchw(value) for value in values["adapter_features"]]
+    return given
+
+
+def assert_parity(found, expected: torch.Tensor) -> None:
+    expected = expected.detach().numpy().transpose(0, 2, 3, 1)
+    scale = expected.std()
+    assert 0.2 < scale < 20.0
+    assert found.shape == expected.shape
+    assert np.abs(np.asarray(found) - expected).max() <= 2e-4 * scale
+
+
+def check_forward(config: dict, values: dict) -> None:
+    original = torch_unet(config)
+    with torch.no_grad():
+        expected = original(**torch_inputs(values)).sample
+    module = UNet2DCondition.from_config(dict(original.config))
+    params = to_flax(original.state_dict(), module)
+    assert_parity(jax.jit(module.apply)({"params": params}, **values), expected)
+
+
+def test_sd15_with_controlnet_residuals_at_an_odd_size():
+    values = inputs(SD15, 9, 14)
+    rng = np.random.default_rng(2)
+    sizes = [(9, 14, 32)] * 3 + [(5, 7, 32)] + [(5, 7, 64)] * 2 + [(3, 4, 64)] * 3
+    values["down_residuals"] = [rng.normal(size=(2, *size)).astype(np.float32) for size in sizes]
+    values["mid_residual"] = rng.normal(size=(2, 3, 4, 64)).astype(np.float32)
+    check_forward(SD15, values)
+
+
+def test_sdxl_with_added_conditioning():
+    check_forward(SDXL, inputs(SDXL, 8, 8))
+
+
+def test_sdxl_with_adapter_features():
+    values = inputs(SDXL, 8, 8)
+    rng = np.random.default_rng(3)
+    sizes = [(4, 4, 16), (4, 4, 32), (2, 2, 32), (2, 2, 32)]
+    values["adapter_features"] = [rng.normal(size=(2, *size)).astype(np.float32) for size in sizes]
+    check_forward(SDXL, values)
+
+
+def test_sd21_values_and_gradients():
+    values = inputs(SD21, 8, 8)
+    original = torch_unet(SD21)
+    target = np.random.default_rng(4).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    prediction = original(**torch_inputs(values)).sample
+    torch.square(prediction - nchw(target)).mean().backward()
+    module = UNet2DCondition.from_config(dict(original.config), remat="full")
+
+    def loss(params):
+        out = module.apply({"params": params}, **values)
+        return jnp.square(out - target).mean(), out
+
+    params = to_flax(original.state_dict(), module)
+    found, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert_parity(out, prediction)
+    expected = to_flax({name: value.grad for name, value in original.named_parameters()}, module)
+    largest = max(np.abs(value).max() for value in jax.tree.leaves(expected))
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        error = np.linalg.norm(ours - theirs)
+        assert error <= 1e-4 * np.linalg.norm(theirs) + 1e-6 * largest, jax.tree_util.keystr(path)
+
+
+def test_config_round_trip_loads_in_diffusers():
+    original = torch_unet(SDXL)
+    ours = UNet2DCondition.from_config(dict(original.config)).to_config()
+    again = diffusers.UNet2DConditionModel.from_config(ours)
+    differing = {
+        key for key, value in ours.items() if not key.startswith("_") and original.config[key] != value
+    }
+    assert differing == set()
+    assert {name: tuple(value.shape) for name, value in again.state_dict().items()} == {
+        name: tuple(value.shape) for name, value in original.state_dict().items()
+    }
