@@ -66,6 +66,8 @@ def cached_people(size: int, length: int, seed: int, start: int = 0) -> CachedSo
         try:
             _write(source, folder)
         except OSError as error:
+            if folder.is_dir():  # another process finished the same folder first
+                return CachedSource(folder)
             raise OSError(
                 f"people world: cannot keep {length} images in {root} ({error.strerror or error}); "
                 "set FAIRHUMAN_CACHE to a folder with room"

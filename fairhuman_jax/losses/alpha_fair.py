@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -9,8 +10,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-STAGE_STEPS = 16
-FINAL_STEPS = 24
+NEWTON_STEPS = 40
 LINE_SEARCH_HALVINGS = 10
 BOUNDARY_FRACTION = 0.95
 CONTINUATION_START = 3.0
@@ -27,6 +27,16 @@ def solve_alpha_fair(gram: Array, active: Array, alpha: float | Array, priority:
     `gram` [K, K] finite, of order 1; `active` bool [K]; `alpha` >= 0; `priority` [K] > 0.
     Returns w [K]; the entries of inactive tasks are meaningless.
     """
+    if isinstance(alpha, jax.core.Tracer):
+        stages = TRACED_ALPHA_STAGES
+    else:
+        stages = max(1, 1 + math.ceil(math.log2(max(float(alpha), 1e-6) / CONTINUATION_START)))
+    return _solve(gram, active, jnp.asarray(alpha, gram.dtype), priority, stages)
+
+
+# Compiled on its own, so that eager calls share one program for all alphas of the same number of stages.
+@functools.partial(jax.jit, static_argnames="stages")
+def _solve(gram: Array, active: Array, alpha: Array, priority: Array, stages: int) -> Array:
     dtype = gram.dtype
     norm = jnp.sqrt(jnp.where(active, jnp.diagonal(gram), 1.0))
     pair = active[:, None] & active[None, :]
@@ -35,39 +45,35 @@ def solve_alpha_fair(gram: Array, active: Array, alpha: float | Array, priority:
     cosines = jnp.where(pair & (eye == 0), gram / (norm[:, None] * norm[None, :]), 0.0)
     cosines = cosines + (1.0 + 4.0 * jnp.finfo(dtype).eps) * eye
 
-    path = _alpha_path(alpha, dtype)
-
-    def stage(start: Array, stage_alpha: Array) -> tuple[Array, None]:
-        matrix, share = _scaled_problem(cosines, norm, active, stage_alpha, priority)
-        return _newton(start, matrix, share, stage_alpha, STAGE_STEPS), None
-
-    stopped = jax.lax.stop_gradient
-    cosines_in, norm_in, priority_in = cosines, norm, priority
-    cosines, norm, priority = stopped(cosines), stopped(norm), stopped(priority)
-    values, _ = jax.lax.scan(stage, jnp.ones_like(norm), stopped(path))
+    path = _alpha_path(alpha, stages)
     last = path[-1]
-    matrix, share = _scaled_problem(cosines, norm, active, stopped(last), priority)
-    values = stopped(_newton(values, matrix, share, stopped(last), FINAL_STEPS))
+    values = _continuation(*jax.lax.stop_gradient((cosines, norm, active, path, priority)))
 
     # One more Newton step from the constant solution with a constant Jacobian: its derivative is the implicit one.
-    matrix, share = _scaled_problem(cosines_in, norm_in, active, last, priority_in)
-    gradient = _gradient(values, matrix, share, last)
-    step = -_solve_spd(stopped(_hessian(values, matrix, share, last)), gradient)
+    stopped = jax.lax.stop_gradient
+    matrix, share = _scaled_problem(cosines, norm, active, last, priority)
+    step = -_solve_spd(stopped(_hessian(values, matrix, share, last)), _gradient(values, matrix, share, last))
     values = _advance(values, stopped(_largest_step(values, step, last)) * step, last)
-    scale = priority_in ** (1.0 / (last + 1.0)) * norm_in ** (-2.0 * last / (last + 1.0))
-    return jnp.where(jnp.asarray(alpha) > 0, scale * values, priority_in)
+    scale = priority ** (1.0 / (last + 1.0)) * norm ** (-2.0 * last / (last + 1.0))
+    return jnp.where(alpha > 0, scale * values, priority)
 
 
-def _alpha_path(alpha: float | Array, dtype: jnp.dtype) -> Array:
-    """Exponents solved in turn, each from the last solution: one for small alpha, a geometric ramp for large."""
-    if isinstance(alpha, jax.core.Tracer):
-        stages = TRACED_ALPHA_STAGES
-    else:
-        stages = max(1, 1 + math.ceil(math.log2(max(float(alpha), 1e-6) / CONTINUATION_START)))
-    alpha = jnp.asarray(alpha, dtype)
+def _continuation(cosines: Array, norm: Array, active: Array, path: Array, priority: Array) -> Array:
+    """Solution v for the last exponent of `path`, each stage started from the one before."""
+
+    def stage(start: Array, alpha: Array) -> tuple[Array, None]:
+        matrix, share = _scaled_problem(cosines, norm, active, alpha, priority)
+        return _newton(start, matrix, share, alpha), None
+
+    values, _ = jax.lax.scan(stage, jnp.ones_like(norm), path)
+    return values
+
+
+def _alpha_path(alpha: Array, stages: int) -> Array:
+    """Exponents solved in turn, each from the last solution: a geometric ramp up to a large alpha."""
     alpha = jnp.where(alpha > 0, alpha, 1.0)
     start = jnp.minimum(alpha, CONTINUATION_START)
-    return start * (alpha / start) ** (jnp.arange(1, stages + 1, dtype=dtype) / stages)
+    return start * (alpha / start) ** (jnp.arange(1, stages + 1, dtype=alpha.dtype) / stages)
 
 
 def _scaled_problem(
@@ -80,8 +86,8 @@ def _scaled_problem(
     return cosines * share[:, None] * share[None, :], share**2
 
 
-def _newton(values: Array, matrix: Array, share: Array, alpha: Array, steps: int) -> Array:
-    """`steps` damped Newton steps from `values` > 0: boundary limit, then Armijo over halved steps, all tried at once."""
+def _newton(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
+    """Damped Newton from `values` > 0: boundary limit, then Armijo over halved steps, all tried at once."""
     halvings = 0.5 ** jnp.arange(LINE_SEARCH_HALVINGS, dtype=values.dtype)
     power = 1.0 - 1.0 / alpha
     eps = jnp.finfo(values.dtype).eps
@@ -106,7 +112,7 @@ def _newton(values: Array, matrix: Array, share: Array, alpha: Array, steps: int
         moved = _advance(point, chosen * step, alpha)
         return jnp.where(jnp.all(jnp.isfinite(moved)), moved, point)
 
-    return jax.lax.fori_loop(0, steps, body, values)
+    return jax.lax.fori_loop(0, NEWTON_STEPS, body, values)
 
 
 def _largest_step(values: Array, step: Array, alpha: Array) -> Array:

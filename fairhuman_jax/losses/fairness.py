@@ -75,7 +75,9 @@ def gram_matrix(task_grads: PyTree, scale: float | Array = 1.0) -> Array:
         rows = leaf.reshape(count, -1).astype(jnp.float32) * scale
         return jnp.einsum("ip,jp->ij", rows, rows, precision=jax.lax.Precision.HIGHEST)
 
-    return sum(leaf_gram(leaf) for leaf in jax.tree.leaves(task_grads))
+    # Sorted before they are summed: XLA's CPU compiler fuses a plain sum of N terms, whole, into each of its consumers,
+    # which takes minutes to compile; a sort is never fused.
+    return jnp.sum(jnp.sort(jnp.stack([leaf_gram(leaf) for leaf in jax.tree.leaves(task_grads)]), axis=0), axis=0)
 
 
 def gradient_scale(task_grads: PyTree) -> Array:
@@ -84,7 +86,8 @@ def gradient_scale(task_grads: PyTree) -> Array:
     Multiplying by s is exact, so scaled gradients lose nothing. Returns an fp32 scalar in [2^-126, 2^125].
     """
     peaks = [jnp.max(jnp.abs(leaf.astype(jnp.float32)), initial=0.0) for leaf in jax.tree.leaves(task_grads)]
-    peak = jnp.max(jnp.stack(peaks))
+    # The last of a sort, not a maximum, for the reason given in `gram_matrix`. A NaN sorts last as well.
+    peak = jnp.sort(jnp.stack(peaks))[-1]
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(peak) & (peak > 0), peak, 0.5))
     return jax.lax.stop_gradient(jnp.ldexp(jnp.float32(1.0), jnp.clip(-exponent, -126, 125)))
 

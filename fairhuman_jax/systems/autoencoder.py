@@ -83,9 +83,17 @@ class Autoencoder:
         images = held_out["image"][:16]
         return jnp.asarray(images), [""] * len(images)
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path) -> Path:
-        """Writes a diffusers AutoencoderKL folder in float16 and returns it."""
-        save_model(self.vae, trainable, folder, dtype="float16")
+    def export(
+        self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]
+    ) -> Path:
+        """Writes a diffusers AutoencoderKL folder in float16 and returns it.
+
+        Its `scaling_factor` is one over the standard deviation of the latents of `held_out`.
+        """
+        mean, logvar = self._encode(trainable, jnp.asarray(held_out["image"]))
+        deviation = float(jnp.sqrt(jnp.var(mean) + jnp.mean(jnp.exp(logvar))))
+        vae = AutoencoderKL.from_config(self.vae.to_config() | {"scaling_factor": round(1.0 / deviation, 5)})
+        save_model(vae, trainable, folder, dtype="float16")
         return folder
 
     def _encode(self, params: PyTree, image: jax.Array) -> tuple[jax.Array, jax.Array]:

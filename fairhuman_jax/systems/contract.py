@@ -51,8 +51,11 @@ class System(Protocol):
         """A request for `sample` and a title for each of its images."""
         ...
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path) -> Path:
-        """Writes what was trained in the format that other programs read; returns the file or folder."""
+    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+        """Writes what was trained in the format that other programs read; returns the file or folder.
+
+        `held_out` is a batch for statistics that such a format stores.
+        """
         ...
 
 

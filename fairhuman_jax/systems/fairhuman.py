@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fairhuman_jax.diffusion import snr
 from fairhuman_jax.losses import latent_mask, min_snr_weight, region_losses
@@ -110,7 +111,9 @@ class FairHuman(LatentDiffusion):
         """Images [N, H, W, 3] in [-1, 1] of the base with its LoRA."""
         return self.sample_images(frozen, request, key, self.lora(trainable))
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path) -> Path:
+    def export(
+        self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]
+    ) -> Path:
         """Writes `pytorch_lora_weights.safetensors` in diffusers' naming and returns its path."""
         config = self.config
         return save_lora(trainable, folder, rank=config.rank, alpha=config.alpha)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fairhuman_jax.diffusion import NoiseSchedule, snr
 from fairhuman_jax.losses import denoising_loss, min_snr_weight
@@ -90,7 +91,9 @@ class TextToImage(LatentDiffusion):
         """Images [N, H, W, 3] in [-1, 1]."""
         return self.sample_images(frozen | trainable, request, key)
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path) -> Path:
+    def export(
+        self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]
+    ) -> Path:
         """Writes the whole pipeline as a diffusers folder in float16 and returns it."""
         params = {name: tree for name, tree in (frozen | trainable).items()}
         save_pipeline(replace(self.pipeline, params=params), folder, dtype="float16")

@@ -66,7 +66,10 @@ def training_batches(
     """The endless, resumable stream of this process's share of each global batch."""
     transform: Callable = JointTransform(data.resolution, crop=data.crop, flip=data.flip)
     if data.cache_latents:
-        source, transform = encode_source(source, system, frozen, transform), _arrays_only
+        if not hasattr(system, "encode_image"):
+            raise ValueError(f"data.cache_latents: {type(system).__name__} has no frozen autoencoder to encode with")
+        fixed = JointTransform(data.resolution, crop="center", flip=0.0)
+        source, transform = encode_source(source, system, frozen, fixed), _arrays_only
     return make_loader(
         source,
         transform,
@@ -93,17 +96,19 @@ def held_out_batches(source: Source, system: System, data: DataConfig, batch_siz
 
 
 def encode_source(source: Source, system: Any, frozen: Any, transform: Callable) -> LatentSource:
-    """Every image through the frozen encoder, once."""
+    """Every image through the frozen encoder, once; captions, masks and sizes are kept as `transform` gives them."""
     encode = jax.jit(system.encode_image)
     rng = np.random.default_rng(0)
     samples: list[dict[str, Any]] = []
     for first, group in tqdm(list(_groups(len(source))), desc="encoding latents", unit="batch"):
         raw = [source[i] for i in range(first, first + group)]
-        images = np.stack([transform(sample, rng)["image"] for sample in raw])
+        arrays = [transform(sample, rng) for sample in raw]
+        images = np.stack([each.pop("image") for each in arrays])
         padded = np.concatenate([images, np.repeat(images[-1:], ENCODE_BATCH - group, axis=0)])
         mean, logvar = (np.asarray(x, np.float16) for x in encode(frozen, padded))
         for i, sample in enumerate(raw):
-            samples.append({"caption": sample["caption"], "latent_mean": mean[i], "latent_logvar": logvar[i]})
+            texts = {name: sample[name] for name in ("caption", "captions") if name in sample}
+            samples.append(texts | arrays[i] | {"latent_mean": mean[i], "latent_logvar": logvar[i]})
     return LatentSource(samples)
 
 

@@ -113,7 +113,13 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         frozen=frozen,
         state=state,
         step=make_train_step(
-            system, optimizer, mesh, config.fair, accumulate=settings.accumulate, ema_decay=settings.ema_decay
+            system,
+            optimizer,
+            mesh,
+            config.fair,
+            accumulate=settings.accumulate,
+            clip_norm=config.optimizer.clip_norm,
+            ema_decay=settings.ema_decay,
         ),
         batches=batches,
         checkpoints=checkpoints,
@@ -166,7 +172,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Result:
     after = run.losses()
     run.picture(settings.steps)
     trained, frozen = jax.device_get((run.state.averaged, run.frozen))
-    exported = run.system.export(trained, frozen, output / "export")
+    exported = run.system.export(trained, frozen, output / "export", dict(run.example))
     run.batches.close()
     run.checkpoints.close()
     run.logger.close()

@@ -61,17 +61,23 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW; matrices decay, vectors (biases, norm scales) do not."""
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    adamw = optax.adamw(
+    """AdamW; matrices and embeddings decay, biases and norm scales do not, in scanned stacks either.
+
+    The clip of the gradient's norm is the train step's, which knows the norm already.
+    """
+    return optax.adamw(
         learning_rate_schedule(config, steps),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
+        mask=lambda tree: jax.tree.map_with_path(_decays, tree),
     )
-    return optax.chain(clip, adamw)
+
+
+def _decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+    """The name decides as well as the rank: a stack of biases is a matrix."""
+    return leaf.ndim > 1 and getattr(path[-1], "key", None) not in ("bias", "scale")
 
 
 def init_state(

@@ -25,12 +25,13 @@ Metrics = dict[str, jax.Array]
 class FairConfig:
     """How K > 1 gradients become one: `method` mpd (alpha-fair; alpha 2 is minimum potential delay), sum, or single
     (the first objective alone); `priority` weighs objectives inside the fair rule; `rescale` sets the length of the
-    combined gradient (losses.fairness)."""
+    combined gradient, None = n_tasks for mpd and none otherwise (losses.fairness). A system with one objective is
+    trained on its plain gradient whatever stands here."""
 
     method: str = "mpd"
     alpha: float = 2.0
     priority: tuple[float, ...] | None = None
-    rescale: str = "n_tasks"
+    rescale: str | None = None
 
 
 def make_train_step(
@@ -40,11 +41,12 @@ def make_train_step(
     fair: FairConfig,
     *,
     accumulate: int = 1,
+    clip_norm: float | None = None,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
     """The compiled `step(state, frozen, batch) -> (state, metrics)`; `state` is donated, `frozen` is not.
 
-    The batch is split over the mesh; task gradients are averaged over it before the Gram matrix is formed, so every
+    The combined gradient's norm is cut to `clip_norm`. The batch is split over the mesh; task gradients are averaged over it before the Gram matrix is formed, so every
     device solves the same system. A non-finite gradient leaves trainables, optimiser state and average as they were
     and adds one to `skipped`.
     """
@@ -54,12 +56,13 @@ def make_train_step(
         first = jax.lax.axis_index(AXES) * size
         batch = batch | {"position": first + jnp.arange(size)}
         gradients, losses = accumulated_task_gradients(system, trainable, frozen, batch, key, accumulate)
+        rule = fair if len(losses) > 1 else FairConfig(method="single")
         combined, info = combine(
             gradients,
-            method=fair.method,
-            alpha=fair.alpha,
-            priority=fair.priority,
-            rescale=fair.rescale,
+            method=rule.method,
+            alpha=rule.alpha,
+            priority=rule.priority,
+            rescale=rule.rescale,
             axis_name=AXES,
         )
         return combined, jax.lax.pmean(losses, AXES), info
@@ -76,9 +79,9 @@ def make_train_step(
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         gradient, losses, info = sharded_gradients(state.trainable, frozen, batch, key)
-        state, norm = _apply(state, gradient, info["finite"], optimizer, ema_decay)
+        state, norm = _apply(state, gradient, info.get("finite", True), optimizer, clip_norm, ema_decay)
         metrics = {f"loss/{name}": loss for name, loss in losses.items()}
-        if len(losses) > 1:
+        if info:
             metrics |= {f"weight/{name}": info["weights"][i] for i, name in enumerate(losses)}
         return state, metrics | {"gradient_norm": norm, "skipped": state.skipped}
 
@@ -88,13 +91,17 @@ def make_train_step(
 def _apply(
     state: TrainState,
     gradient: PyTree,
-    finite: jax.Array,
+    finite: jax.Array | bool,
     optimizer: optax.GradientTransformation,
+    clip_norm: float | None,
     ema_decay: float | None,
 ) -> tuple[TrainState, jax.Array]:
     """One optimiser update, or none where the gradient is not finite."""
-    norm = optax.global_norm(gradient)
+    norm = global_norm(gradient)
     finite = finite & jnp.isfinite(norm)
+    if clip_norm is not None:
+        shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+        gradient = jax.tree.map(lambda leaf: leaf * shrink, gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     ema = state.ema
@@ -105,3 +112,13 @@ def _apply(
     new = state.replace(trainable=trainable, opt_state=opt_state, ema=ema)
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.replace(step=state.step))
     return kept.replace(step=state.step + 1, skipped=state.skipped + jnp.where(finite, 0, 1)), norm
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """Euclidean norm over all leaves, float32.
+
+    The leaves' squares are sorted before they are summed: XLA's CPU compiler fuses a plain sum of N scalars, whole, into
+    each of the N leaves that the norm scales, and compiling N^2 operands takes minutes; a sort is never fused.
+    """
+    squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)])
+    return jnp.sqrt(jnp.sum(jnp.sort(squares)))

@@ -204,3 +204,25 @@ def test_dataset_is_a_random_access_source():
 def test_render_refuses_sizes_that_make_no_picture(pack):
     with pytest.raises(ValueError, match="at least 8"):
         render(pack, sample_spec(0, 0), 4)
+
+
+def test_supersampled_labels_are_the_coverage_of_single_samples(pack):
+    """Two by two samples at 64 px are the pixels of one sample each at 128 px."""
+
+    def blocks(image):
+        return image[..., 0].reshape(64, 2, 64, 2).swapaxes(1, 2).reshape(64, 64, 4)
+
+    covered = 0
+    for i in range(25):
+        spec = sample_spec(13, i, "close-up of a hand and the face" if i % 2 else None)
+        fine, coarse = render(pack, spec, 128, supersample=1), render(pack, spec, 64, supersample=2)
+        for name in ("person_mask", "hand_mask"):
+            np.testing.assert_array_equal(coarse[name][..., 0], blocks(fine[name]).sum(axis=-1) >= 2)
+        part, depth = blocks(fine["part_map"]), blocks(fine["depth"])
+        for side, label in (("left", HAND_LEFT), ("right", HAND_RIGHT)):
+            inside = coarse[f"hand_mask_{side}"][..., 0] > 0
+            nearest = np.where(part == label, depth, np.inf).min(axis=-1)
+            np.testing.assert_array_equal(coarse["depth"][inside, 0], nearest[inside])
+            mixed = (part > 0) & (part != label) & (depth < nearest[..., None])
+            covered += int((mixed.any(axis=-1) & inside).sum())
+    assert covered > 10

@@ -22,32 +22,30 @@ PUBLISHED = [
 ]
 
 
-def oracle(gram: np.ndarray, alpha: float, priority: np.ndarray) -> np.ndarray:
-    """Independent float64 solution: backtracking Newton on log w of log (G w)_i + (log w_i - log p_i) / alpha = 0."""
-    log_w = (np.log(priority) - alpha * np.log(np.diag(gram))) / (alpha + 1.0)
+def oracle(grams: np.ndarray) -> np.ndarray:
+    """Float64 MPD weights of [N, K, K]: minimise 1/2 u^T rho u - 2 sum_i sqrt(c_i u_i), u_i = w_i sqrt(G_ii).
 
-    def residual(log_w: np.ndarray) -> np.ndarray:
-        product = gram @ np.exp(log_w)
-        if np.any(product <= 0):
-            return np.full(len(gram), np.inf)
-        return np.log(product) + (log_w - np.log(priority)) / alpha
+    The caller certifies the answer by the residual of the defining equation.
+    """
+    norms = np.sqrt(np.einsum("nii->ni", grams))
+    cosines = grams / (norms[:, :, None] * norms[:, None, :])
+    value = norms ** (-1.0 / 3.0)
 
-    # A homotopy from the diagonal problem keeps every product positive on the way.
-    full = gram
-    for fraction in np.concatenate([np.linspace(0.0, 0.9, 10), 1.0 - np.logspace(-1.2, -6, 25), [1.0]]):
-        gram = fraction * full + (1.0 - fraction) * np.diag(np.diag(full))
-        for _ in range(100):
-            value = residual(log_w)
-            weights = np.exp(log_w)
-            jacobian = gram * weights / (gram @ weights)[:, None] + np.eye(len(gram)) / alpha
-            step = -np.linalg.solve(jacobian, value)
-            length = 1.0
-            while length > 1e-9 and not np.linalg.norm(residual(log_w + length * step)) < np.linalg.norm(value):
-                length *= 0.5
-            if length <= 1e-9 or np.max(np.abs(step)) < 1e-14:
-                break
-            log_w = log_w + length * step
-    return np.exp(log_w)
+    def merit(u: np.ndarray) -> np.ndarray:
+        return 0.5 * np.einsum("ni,nij,nj->n", u, cosines, u) - 2.0 * np.sum(np.sqrt(u / norms), axis=1)
+
+    for _ in range(150):
+        gradient = np.einsum("nij,nj->ni", cosines, value) - (value * norms) ** -0.5
+        curvature = 0.5 * norms**-0.5 * value**-1.5
+        hessian = cosines + curvature[:, :, None] * np.eye(grams.shape[1])
+        step = -np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        length = np.minimum(1.0, 0.9 / np.maximum(np.max(-step / value, axis=1), 1e-12))[:, None]
+        before = merit(value)
+        for _ in range(12):
+            worse = merit(value + length * step) > before + 1e-15 * np.abs(before)
+            length[worse] *= 0.5
+        value = value + length * step
+    return value / norms
 
 
 def random_jacobians(count: int, size: int, seed: int = 0) -> np.ndarray:
@@ -115,7 +113,7 @@ def test_direction_error_on_ill_scaled_problems(size):
     wide = rows.astype(np.float64)
     grams = np.einsum("nip,njp->nij", wide, wide)
     weights = np.asarray(jax.jit(jax.vmap(mpd_weights))(jnp.asarray(grams, jnp.float32)), np.float64)
-    exact = np.array([oracle(gram, 2.0, np.ones(3)) for gram in grams])
+    exact = oracle(grams)
     products = np.einsum("nij,nj->ni", grams, exact)
     assert np.max(np.abs(exact * products**2 - 1)) < 1e-6
     directions = np.einsum("ni,nip->np", weights, wide)

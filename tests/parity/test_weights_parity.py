@@ -56,7 +56,7 @@ def pipeline(tmp_path_factory):
     }
     params = {name: random_like(expected_params(module), 0) for name, module in modules.items()}
     schedule = NoiseSchedule.from_config(
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     )
     return Pipeline(
         modules["unet"], modules["vae"], (modules["text_encoder"],), (tokenizer,), schedule, params

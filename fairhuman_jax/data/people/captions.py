@@ -86,7 +86,7 @@ def _signs(arms: dict, seen: Seen) -> str | None:
     shown = [
         SIGN_WORDS[arm["shape"]]
         for side, arm in arms.items()
-        if arm["gesture"] in SIGN_GESTURES and arm["shape"] in SIGN_WORDS and share[side] >= 0
+        if arm["gesture"] in SIGN_GESTURES and arm["shape"] in SIGN_WORDS and share[side] >= SEEN
     ]
     if not shown:
         return None

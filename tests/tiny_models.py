@@ -1,0 +1,161 @@
+"""The smallest pipelines with every part of a real one, random batches for them, and comparisons of trees."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fairhuman_jax.diffusion import NoiseSchedule
+from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
+from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
+from fairhuman_jax.weights import Pipeline, build_small_clip_tokenizer, expected_params
+
+SIZE, TOKENS, WIDTH = 16, 6, 8
+CAPTIONS = ("a person waves", "two hands", "a face", "a person smiles")
+UNET = {
+    "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "layers_per_block": 1,
+    "transformer_layers_per_block": 2,
+    "attention_head_dim": 2,
+    "cross_attention_dim": WIDTH,
+    "norm_num_groups": 4,
+    "use_linear_projection": True,
+    "sample_size": SIZE // 2,
+}
+VAE = {
+    "block_out_channels": [4, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 2,
+    "mid_block_add_attention": False,
+    "scaling_factor": 0.5,
+    "sample_size": SIZE,
+}
+CLIP = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": TOKENS,
+}
+SCHEDULE = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
+
+
+@functools.cache
+def tiny_tokenizer():
+    """A tokenizer in which every word of CAPTIONS is one token."""
+    with tempfile.TemporaryDirectory() as folder:
+        return build_small_clip_tokenizer(CAPTIONS, folder, model_max_length=TOKENS)
+
+
+def clip_config(**changes) -> dict:
+    size = len(tiny_tokenizer())
+    return CLIP | {"vocab_size": size, "eos_token_id": size - 1} | changes
+
+
+def random_params(module, seed: int):
+    """Parameters with the spread of an initialised network, but no zeros; drawn without compiling anything."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape)
+        if path[-1].key == "scale":
+            return jnp.asarray(1.0 + 0.1 * values, jnp.float32)
+        fan_in = np.prod(leaf.shape[-4:-1]) if leaf.ndim >= 4 else leaf.shape[-2] if leaf.ndim > 1 else 100.0
+        return jnp.asarray(values / np.sqrt(fan_in), jnp.float32)
+
+    return jax.tree.map_with_path(draw, expected_params(module))
+
+
+@functools.cache
+def tiny_pipeline(scan: bool = True, remat: str = "none") -> Pipeline:
+    """A Stable Diffusion pipeline: two resolutions, a scanned stack of two blocks, an autoencoder of factor 2."""
+    runtime = {"scan": scan, "remat": remat}
+    unet = UNet2DCondition.from_config(UNET, **runtime)
+    vae = AutoencoderKL.from_config(VAE, remat=remat)
+    encoder = CLIPText.from_config(clip_config(), **runtime)
+    networks = {"unet": unet, "vae": vae, "text_encoder": encoder}
+    params = {name: random_params(network, i) for i, (name, network) in enumerate(networks.items())}
+    return Pipeline(unet, vae, (encoder,), (tiny_tokenizer(),), NoiseSchedule.from_config(SCHEDULE), params)
+
+
+@functools.cache
+def tiny_xl_pipeline() -> Pipeline:
+    """The same with SDXL's two text encoders and its conditioning on pooled text and sizes."""
+    first = CLIPText.from_config(clip_config())
+    second = CLIPText.from_config(
+        clip_config(architectures=["CLIPTextModelWithProjection"], projection_dim=WIDTH)
+    )
+    unet = UNet2DCondition.from_config(
+        UNET
+        | {
+            "cross_attention_dim": 2 * WIDTH,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 6 * 4 + WIDTH,
+        }
+    )
+    vae = AutoencoderKL.from_config(VAE)
+    networks = {"unet": unet, "vae": vae, "text_encoder": first, "text_encoder_2": second}
+    params = {name: random_params(network, i) for i, (name, network) in enumerate(networks.items())}
+    tokenizers = (tiny_tokenizer(), tiny_tokenizer())
+    return Pipeline(unet, vae, (first, second), tokenizers, NoiseSchedule.from_config(SCHEDULE), params)
+
+
+def fairhuman(pipeline: Pipeline | None = None, **config) -> FairHuman:
+    """The system of rank 2 around the tiny pipeline."""
+    return FairHuman(pipeline=pipeline or tiny_pipeline(), config=FairHumanConfig(**{"rank": 2} | config))
+
+
+def trained_lora(system: FairHuman, seed: int = 7):
+    """Trainables whose `up` is not zero any more."""
+    shapes = jax.eval_shape(system.init, jax.random.key(0))[0]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
+def random_batch(count: int = 8, *, seed: int = 0, xl: bool = False, position: bool = True) -> dict:
+    """A batch of noise pictures with one face and one hand box each."""
+    rng = np.random.default_rng(seed)
+    batch = {"image": rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)}
+    for name in ("face_mask", "hand_mask"):
+        batch[name] = np.zeros((count, SIZE, SIZE, 1), np.uint8)
+        for row in range(count):
+            top, left = rng.integers(0, SIZE - 8, 2)
+            batch[name][row, top : top + 6, left : left + 8] = 1
+    ids = rng.integers(1, len(tiny_tokenizer()) - 1, (count, TOKENS)).astype(np.int32)
+    ids[:, -1] = len(tiny_tokenizer()) - 1
+    batch["input_ids"] = ids
+    if xl:
+        batch["input_ids_2"] = ids[:, ::-1].copy()
+        batch["time_ids"] = np.tile(np.array([SIZE, SIZE, 0, 0, SIZE, SIZE], np.float32), (count, 1))
+    if position:
+        batch["position"] = np.arange(count, dtype=np.int32)
+    return batch
+
+
+def assert_trees_close(found, expected, tolerance: float = 1e-5) -> None:
+    """Every leaf within `tolerance` of the largest entry of the expected one."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    pairs = zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, ours), theirs in pairs:
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        bound = tolerance * max(np.abs(theirs).max(), 1e-12)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_trees_equal(found, expected) -> None:
+    """Bit for bit, dtypes included; keys are compared by their data."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))

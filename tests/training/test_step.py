@@ -1,0 +1,303 @@
+"""The train step: meshes, skipped steps, absent regions, ways to combine, and the optimiser's rules."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_models import assert_trees_close, assert_trees_equal, fairhuman, random_batch, trained_lora
+
+from fairhuman_jax.systems.contract import sample_keys
+from fairhuman_jax.training.sharding import make_mesh, replicate, shard_batch
+from fairhuman_jax.training.state import OptimizerConfig, init_state, learning_rate_schedule, make_optimizer
+from fairhuman_jax.training.step import FairConfig, make_train_step
+
+ADAM = OptimizerConfig(learning_rate=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """A noisy linear map as a system: three regions of its error are the objectives, by masks [B, 5]."""
+
+    names: tuple[str, ...] = ("global", "face", "hand")
+
+    def predict(self, trainable, frozen, batch, key):
+        noise = jax.vmap(lambda k: jax.random.normal(k, (5,)))(sample_keys(key, batch))
+        return {"error": batch["x"] @ trainable["kernel"] + trainable["bias"] - frozen["scale"] * noise}
+
+    def objectives(self, prediction, batch):
+        square = jnp.square(prediction["error"])
+        losses = {"global": square.mean()}
+        losses |= {name: jnp.mean(square * batch[f"{name}_mask"]) for name in ("face", "hand")}
+        return {name: losses[name] for name in self.names}
+
+
+FROZEN = {"scale": jnp.float32(0.5)}
+
+
+def trainables():
+    rng = np.random.default_rng(1)
+    return {
+        "kernel": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=5), jnp.float32),
+    }
+
+
+def batches(count: int, rows: int = 16, **replaced):
+    """Batches whose masks differ from sample to sample."""
+    rng = np.random.default_rng(2)
+    for _ in range(count):
+        batch = {"x": rng.normal(size=(rows, 4)).astype(np.float32)}
+        for name in ("face_mask", "hand_mask"):
+            batch[name] = rng.integers(0, 2, (rows, 5)).astype(np.float32)
+        yield batch | replaced
+
+
+def run(
+    data, *, devices=1, fsdp=1, fair=None, system=None, optimizer=ADAM, ema_decay=0.9, accumulate=1, tree=None
+):
+    """(state, metrics of each step) after one step a batch, on a mesh of the first devices."""
+    system = system or Regression()
+    mesh = make_mesh(fsdp, jax.devices()[:devices])
+    rule = make_optimizer(optimizer, 100)
+    state = init_state(tree or trainables(), rule, jax.random.key(5), ema=ema_decay is not None)
+    state = replicate(mesh, jax.tree.map(jnp.copy, state))
+    step = make_train_step(
+        system,
+        rule,
+        mesh,
+        fair or FairConfig(),
+        accumulate=accumulate,
+        clip_norm=optimizer.clip_norm,
+        ema_decay=ema_decay,
+    )
+    history = []
+    frozen = replicate(mesh, FROZEN)
+    for batch in data:
+        state, metrics = step(state, frozen, shard_batch(mesh, batch))
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+# ---- meshes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), (8, 8), (8, 2)])
+def test_eight_devices_equal_one(devices, fsdp):
+    alone, records = run(batches(3))
+    state, found = run(batches(3), devices=devices, fsdp=fsdp)
+    for part in ("trainable", "opt_state", "ema"):
+        assert_trees_close(getattr(state, part), getattr(alone, part))
+    assert state.step == 3 and state.skipped == 0
+    for record, expected in zip(found, records, strict=True):
+        assert record.keys() == expected.keys()
+        np.testing.assert_allclose([*record.values()], [*expected.values()], rtol=1e-5)
+
+
+def test_micro_batches_on_a_mesh_equal_one_batch():
+    """Acceptance fact 13, with the noise of each sample kept by its place in the global batch."""
+    alone, _ = run(batches(2))
+    state, _ = run(batches(2), devices=4, accumulate=4)
+    assert_trees_close((state.trainable, state.opt_state), (alone.trainable, alone.opt_state))
+
+
+def test_fairhuman_on_a_mesh_equals_one_device():
+    system = fairhuman()
+    frozen, batch = system.pipeline.params, random_batch(8, position=False)
+    rule = optax.sgd(1.0)
+
+    def one_step(mesh):
+        step = make_train_step(system, rule, mesh, FairConfig())
+        state = init_state(trained_lora(system), rule, jax.random.key(5), ema=False)
+        state, metrics = step(replicate(mesh, state), replicate(mesh, frozen), shard_batch(mesh, batch))
+        moved = jax.tree.map(jnp.subtract, jax.device_get(state.trainable), trained_lora(system))
+        return moved, jax.device_get(metrics)
+
+    moved, metrics = one_step(make_mesh(1, jax.devices()[:1]))
+    found, others = one_step(make_mesh(2, jax.devices()))
+    assert_trees_close(found, moved, 2e-5)
+    assert_trees_close(others, metrics, 2e-5)
+    assert min(metrics[f"weight/{name}"] for name in ("global", "face", "hand")) > 0
+
+
+def test_meshes_and_batches_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="fsdp=3 does not divide 8 devices"):
+        make_mesh(3)
+    with pytest.raises(ValueError, match="a batch of 6 does not divide over 8 devices"):
+        shard_batch(make_mesh(), {"x": np.zeros((6, 1))})
+
+
+# ---- steps that are skipped ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["x", "face_mask", "hand_mask"])
+def test_a_gradient_that_is_not_finite_changes_nothing(where, bad):
+    """Acceptance fact 22: in one sample of one task on one device is enough."""
+    first, broken = list(batches(2))
+    broken[where] = broken[where].copy()
+    broken[where][9, 0] = bad
+    before, _ = run([first], devices=8)
+    state, records = run([first, broken], devices=8)
+    for part in ("trainable", "opt_state", "ema"):
+        assert_trees_equal(getattr(state, part), getattr(before, part))
+    assert (state.step, state.skipped, before.skipped) == (2, 1, 0)
+    assert [record["skipped"] for record in records] == [0, 1]
+
+
+def test_steps_after_a_skipped_one_train_on():
+    first, broken, last = list(batches(3))
+    broken["x"] = broken["x"] * np.nan
+    state, records = run([first, broken, last])
+    assert state.skipped == 1 and state.step == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.trainable, state.ema)))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.trainable, run([first])[0].trainable)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    assert np.isnan(records[1]["loss/global"]) and np.isfinite(records[2]["loss/global"])
+
+
+def test_one_objective_skips_too():
+    first, broken = list(batches(2))
+    broken["x"] = broken["x"] * np.inf
+    state, _ = run([first, broken], system=Regression(("global",)))
+    assert_trees_equal(state.trainable, run([first], system=Regression(("global",)))[0].trainable)
+    assert state.skipped == 1
+
+
+# ---- combining -------------------------------------------------------------------------------------------------------
+
+SGD = OptimizerConfig(clip_norm=None)
+
+
+def gradient_of(data, **options):
+    """The combined gradient that a step applies, and its metrics; read off a plain descent step of rate 1."""
+    system, fair = options.get("system") or Regression(), options.get("fair") or FairConfig()
+    mesh, rule = make_mesh(1, jax.devices()[:1]), optax.sgd(1.0)
+    step = make_train_step(system, rule, mesh, fair, clip_norm=options.get("clip_norm"))
+    state = init_state(trainables(), rule, jax.random.key(5), ema=False)
+    (batch,) = data
+    state, metrics = step(state, FROZEN, shard_batch(mesh, batch))
+    return jax.tree.map(jnp.subtract, trainables(), state.trainable), jax.device_get(metrics)
+
+
+def plain_gradients(batch, names):
+    """Gradients of the named losses and their sum, by plain differentiation."""
+    system = Regression()
+    placed = batch | {"position": np.arange(len(batch["x"]))}
+    key = jax.random.fold_in(jax.random.key(5), 0)
+
+    def total(tree):
+        losses = system.objectives(system.predict(tree, FROZEN, placed, key), placed)
+        return sum(losses[name] for name in names)
+
+    return jax.grad(total)(trainables())
+
+
+def test_sum_is_the_gradient_of_the_summed_losses_and_mpd_is_not():
+    """Acceptance fact 12."""
+    data = list(batches(1))
+    summed = plain_gradients(data[0], ("global", "face", "hand"))
+    assert_trees_close(gradient_of(data, fair=FairConfig(method="sum"))[0], summed)
+    fair, metrics = gradient_of(data)
+    cosine = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (fair, summed)), strict=True))
+    cosine = cosine / (optax.global_norm(fair) * optax.global_norm(summed))
+    assert 0 < cosine < 0.9999
+    weights = [metrics[f"weight/{name}"] for name in ("global", "face", "hand")]
+    assert max(weights) > 1.1 * min(weights) > 0
+
+
+def test_single_and_one_objective_are_plain_training():
+    data = list(batches(1))
+    plain = plain_gradients(data[0], ("global",))
+    assert_trees_close(gradient_of(data, fair=FairConfig(method="single"))[0], plain)
+    alone, metrics = gradient_of(data, system=Regression(("global",)))
+    assert_trees_close(alone, plain)
+    assert not any(name.startswith("weight/") for name in metrics)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(plain), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", ["none", "match_sum_norm", "unit"])
+def test_a_batch_without_hands_is_a_step_of_two_tasks(rescale):
+    """Acceptance fact 6."""
+    data = list(batches(1, hand_mask=np.zeros((16, 5), np.float32)))
+    fair = FairConfig(rescale=rescale)
+    three, metrics = gradient_of(data, fair=fair)
+    two, others = gradient_of(data, fair=fair, system=Regression(("global", "face")))
+    assert metrics["weight/hand"] == 0 and metrics["loss/hand"] == 0 and metrics["skipped"] == 0
+    assert_trees_close(three, two)
+    for name in ("global", "face"):
+        np.testing.assert_allclose(metrics[f"weight/{name}"], others[f"weight/{name}"], rtol=1e-5)
+
+
+def test_priority_moves_the_weights():
+    data = list(batches(1))
+    _, plain = gradient_of(data)
+    _, moved = gradient_of(data, fair=FairConfig(priority=(1.0, 1.0, 8.0)))
+    assert moved["weight/hand"] > 1.2 * plain["weight/hand"]
+
+
+def test_clip_cuts_the_norm_and_keeps_the_direction():
+    data = list(batches(1))
+    free, metrics = gradient_of(data)
+    norm = metrics["gradient_norm"]
+    np.testing.assert_allclose(norm, optax.global_norm(free), rtol=1e-5)
+    cut, metrics = gradient_of(data, clip_norm=0.25)
+    assert norm > 1 and metrics["gradient_norm"] == pytest.approx(norm)
+    assert_trees_close(cut, jax.tree.map(lambda leaf: leaf * (0.25 / norm), free))
+    assert_trees_close(gradient_of(data, clip_norm=2 * float(norm))[0], free)
+
+
+def test_unknown_names_are_refused_before_the_step_runs():
+    data = list(batches(1))
+    for fair, message in [
+        (FairConfig(method="max"), "unknown method 'max'; known: mpd, sum, single"),
+        (FairConfig(rescale="big"), "unknown rescale 'big'; known"),
+        (FairConfig(priority=(1.0, 2.0)), r"priority has shape \(2,\); expected \(3,\)"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            gradient_of(data, fair=fair)
+        assert "\n" not in str(error.value)
+
+
+# ---- optimiser -------------------------------------------------------------------------------------------------------
+
+
+def test_matrices_decay_and_stacked_biases_do_not():
+    tree = {
+        "linear": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
+        "layers": {"norm": {"scale": jnp.ones((2, 3)), "bias": jnp.ones((2, 3))}, "kernel": jnp.ones((2, 3, 3))},
+        "lora": {"down": jnp.ones((3, 2)), "up": jnp.ones((2, 3))},
+    }
+    rule = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, tree), rule.init(tree), tree)
+    decayed = jax.tree.map(lambda leaf: float(leaf.max()), updates)
+    assert decayed["linear"] == {"kernel": pytest.approx(-0.05), "bias": 0.0}
+    assert decayed["layers"] == {"norm": {"scale": 0.0, "bias": 0.0}, "kernel": pytest.approx(-0.05)}
+    assert decayed["lora"] == {"down": pytest.approx(-0.05), "up": pytest.approx(-0.05)}
+
+
+def test_learning_rates_by_step():
+    def rates(**changes):
+        schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, **changes), 110)
+        return [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
+
+    assert rates() == [1.0] * 5
+    assert rates(warmup_steps=10) == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0])
+    cosine = rates(schedule="cosine", warmup_steps=10, final_fraction=0.2)
+    assert cosine == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2])
+    with pytest.raises(ValueError, match=r"optimizer\.schedule='linear'; known: constant, cosine"):
+        rates(schedule="linear")
+
+
+def test_the_average_follows_quickly_at_first_and_slowly_later():
+    state, _ = run(batches(1))
+    start = trainables()
+    moved = jax.tree.map(lambda new, old: new - old, state.trainable, start)
+    expected = jax.tree.map(lambda old, move: old + 0.9 * move, start, moved)
+    assert_trees_close(state.ema, expected)  # decay min(0.9, 1 / 10) at step 0
+    assert_trees_equal(state.averaged, state.ema)
+    assert run(batches(1), ema_decay=None)[0].ema is None
