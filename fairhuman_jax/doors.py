@@ -39,6 +39,7 @@ def train_door(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
     parser.add_argument("--show", action="store_true", help="print the configuration with its fields and stop")
+    _add_debug(parser)
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.set)
@@ -48,7 +49,7 @@ def train_door(arguments: Sequence[str] | None = None) -> None:
         _keep_compiled_programs()
         result = train(config, resume=options.resume)
     except USER_ERRORS as error:
-        _refuse(parser, error)
+        _refuse(parser, error, options.debug)
     print(report(result))
 
 
@@ -82,7 +83,8 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=_size, default=None, metavar="N or HxW", help="pixels; the base's own if left out")
     parser.add_argument("--batch", type=int, default=16, help="images at once")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--output", type=Path, default=Path("samples"))
+    parser.add_argument("--output", type=Path, default=Path("samples"), help="folder of the pictures")
+    _add_debug(parser)
     options = parser.parse_args(arguments)
     try:
         for name in ("number", "steps", "batch"):
@@ -91,7 +93,7 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
         _keep_compiled_programs()
         written = _sample(options)
     except USER_ERRORS as error:
-        _refuse(parser, error)
+        _refuse(parser, error, options.debug)
     print("\n".join(map(str, written)))
 
 
@@ -210,6 +212,12 @@ def _keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(user_cache_dir("fairhuman_jax")) / "xla"))
 
 
-def _refuse(parser: argparse.ArgumentParser, error: Exception) -> NoReturn:
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def _refuse(parser: argparse.ArgumentParser, error: Exception, debug: bool) -> NoReturn:
     """One line that says what was wrong, and exit code 2."""
+    if debug:
+        raise error
     parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")

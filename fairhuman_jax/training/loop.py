@@ -22,6 +22,7 @@ from fairhuman_jax.training.checkpoint import Checkpointer
 from fairhuman_jax.training.config import RunConfig
 from fairhuman_jax.training.datasets import held_out_batches, open_data, training_batches
 from fairhuman_jax.training.logging import RunLogger, read_metrics
+from fairhuman_jax.training.objectives import objective_names
 from fairhuman_jax.training.sharding import make_mesh, replicate, shard_batch
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import make_train_step
@@ -47,6 +48,7 @@ class Run:
     """All parts of a run, made from its configuration; `state` is replaced step by step."""
 
     config: RunConfig
+    names: tuple[str, ...]
     system: System
     mesh: jax.sharding.Mesh
     frozen: PyTree
@@ -60,8 +62,9 @@ class Run:
     example: Mapping[str, np.ndarray]
 
     def losses(self) -> dict[str, float]:
-        """Held-out losses now."""
-        return self.measure(self.state.averaged, self.frozen)
+        """Held-out losses now, in the system's order."""
+        losses = self.measure(self.state.averaged, self.frozen)
+        return {name: losses[name] for name in self.names}
 
     def picture(self, step: int) -> None:
         """The preview now, filed under `step`."""
@@ -102,12 +105,19 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     state = init_state(trainable, optimizer, step_key, ema=settings.ema_decay is not None)
     state = replicate(mesh, state)
     checkpoints = Checkpointer(output / "checkpoints", keep=settings.keep_checkpoints)
+    if not resume and checkpoints.latest_step is not None:
+        raise ValueError(
+            f"{output} holds a run at step {checkpoints.latest_step}: --resume goes on with it, "
+            "--set output=FOLDER starts another"
+        )
     if resume:
         state, position = checkpoints.restore(state)
         batches.set_state(position)
 
+    names = objective_names(system, trainable, frozen, held_out_device[0])
     return Run(
         config=config,
+        names=names,
         system=system,
         mesh=mesh,
         frozen=frozen,
@@ -128,6 +138,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
             settings.steps,
             start_step=int(state.step),
             images_per_step=settings.batch_size,
+            bar_keys=[f"{kind}/{name}" for kind in ("loss", "weight") for name in names],
             enabled=jax.process_index() == 0,
         ),
         measure=make_held_out_losses(system, held_out_device, held_out_key),
@@ -179,7 +190,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Result:
     return Result(
         before=json.loads((output / "before.json").read_text()),
         after=after,
-        weights=_mean_weights(output),
+        weights=_mean_weights(output, run.names),
         images_per_second=clock.ticks_per_second * settings.batch_size,
         skipped=int(run.state.skipped),
         exported=exported,
@@ -221,14 +232,11 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _mean_weights(output: Path) -> dict[str, float]:
+def _mean_weights(output: Path, names: tuple[str, ...]) -> dict[str, float]:
     """Mean of each objective's weight over the logged steps."""
     records = read_metrics(output / "metrics.jsonl")
-    names = [name for name in (records[0] if records else {}) if name.startswith("weight/")]
-    return {
-        name.removeprefix("weight/"): float(np.mean([record[name] for record in records if record[name] is not None]))
-        for name in names
-    }
+    weights = {name: [record[f"weight/{name}"] for record in records] for name in names}
+    return {name: float(np.mean([w for w in values if w is not None])) for name, values in weights.items()}
 
 
 def _before_and_after(output: Path, steps: int) -> Path:

@@ -7,6 +7,7 @@ by `vmap`, which costs F + K B instead of K (F + B).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ PyTree = Any
 
 def task_gradients(
     system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
-) -> tuple[PyTree, dict[str, jax.Array]]:
+) -> tuple[PyTree, OrderedDict[str, jax.Array]]:
     """Gradients of the K objectives, every leaf with a leading axis K, and the losses by name.
 
     Source: FairHuman, weighting_strategy/weight_methods.py (three backward passes over one retained graph there).
@@ -40,12 +41,13 @@ def task_gradients(
     else:
         (cotangents,) = jax.vmap(pull_back_losses)(jnp.eye(len(names), dtype=jnp.float32))
         (gradients,) = jax.vmap(pull_back)(cotangents)
-    return gradients, dict(zip(names, losses, strict=True))
+    # Ordered, because plain dicts come out of scan, jit and shard_map with their keys sorted.
+    return gradients, OrderedDict(zip(names, losses, strict=True))
 
 
 def accumulated_task_gradients(
     system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, accumulate: int
-) -> tuple[PyTree, dict[str, jax.Array]]:
+) -> tuple[PyTree, OrderedDict[str, jax.Array]]:
     """`task_gradients` of the mean over `accumulate` equal micro-batches, one at a time.
 
     The K gradients are averaged, never the Gram matrix, which is not linear in them; with sample-wise randomness
@@ -58,11 +60,29 @@ def accumulated_task_gradients(
         raise ValueError(f"a batch of {size} per device does not divide into {accumulate} micro-batches")
     micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, size // accumulate, *x.shape[1:]), batch)
 
-    def body(total: PyTree, micro_batch: Batch) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, task_gradients(system, trainable, frozen, micro_batch, key)), None
+    names: list[str] = []  # in the system's order, which a dict loses on its way through a transformation
 
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    shapes = jax.eval_shape(lambda: task_gradients(system, trainable, frozen, first, key))
+    def gradients_of(micro_batch: Batch) -> tuple[PyTree, dict[str, jax.Array]]:
+        gradients, losses = task_gradients(system, trainable, frozen, micro_batch, key)
+        names[:] = losses
+        return gradients, losses
+
+    def body(total: PyTree, micro_batch: Batch) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, gradients_of(micro_batch)), None
+
+    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], micro_batches))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(body, zeros, micro_batches)
-    return jax.tree.map(lambda x: x / accumulate, total)
+    gradients, losses = jax.tree.map(lambda x: x / accumulate, total)
+    return gradients, {name: losses[name] for name in names}
+
+
+def objective_names(system: System, trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[str, ...]:
+    """The names of the objectives in the system's order, without computing any."""
+    names: list[str] = []
+
+    def note(key: jax.Array) -> None:
+        names[:] = system.objectives(system.predict(trainable, frozen, batch, key), batch)
+
+    jax.eval_shape(note, jax.random.key(0))
+    return tuple(names)

@@ -46,9 +46,9 @@ def make_train_step(
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
     """The compiled `step(state, frozen, batch) -> (state, metrics)`; `state` is donated, `frozen` is not.
 
-    The combined gradient's norm is cut to `clip_norm`. The batch is split over the mesh; task gradients are averaged over it before the Gram matrix is formed, so every
-    device solves the same system. A non-finite gradient leaves trainables, optimiser state and average as they were
-    and adds one to `skipped`.
+    The combined gradient's norm is cut to `clip_norm`. The batch is split over the mesh; task gradients are averaged
+    over it before the Gram matrix is formed, so every device solves the same system. A non-finite gradient leaves
+    trainables, optimiser state and average as they were and adds one to `skipped`.
     """
 
     def local_gradients(trainable, frozen, batch, key):
@@ -65,7 +65,10 @@ def make_train_step(
             rescale=rule.rescale,
             axis_name=AXES,
         )
-        return combined, jax.lax.pmean(losses, AXES), info
+        # Named here, where the objectives are in order: a dict leaves a transformation sorted by name.
+        metrics = {f"loss/{name}": loss for name, loss in jax.lax.pmean(losses, AXES).items()}
+        metrics |= {f"weight/{name}": weight for name, weight in zip(losses, info["weights"], strict=True)}
+        return combined, metrics, info["finite"]
 
     replicated = PartitionSpec()
     sharded_gradients = jax.shard_map(
@@ -78,11 +81,8 @@ def make_train_step(
 
     def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        gradient, losses, info = sharded_gradients(state.trainable, frozen, batch, key)
-        state, norm = _apply(state, gradient, info.get("finite", True), optimizer, clip_norm, ema_decay)
-        metrics = {f"loss/{name}": loss for name, loss in losses.items()}
-        if info:
-            metrics |= {f"weight/{name}": info["weights"][i] for i, name in enumerate(losses)}
+        gradient, metrics, finite = sharded_gradients(state.trainable, frozen, batch, key)
+        state, norm = _apply(state, gradient, finite, optimizer, clip_norm, ema_decay)
         return state, metrics | {"gradient_norm": norm, "skipped": state.skipped}
 
     return jax.jit(step, donate_argnums=0)
@@ -91,7 +91,7 @@ def make_train_step(
 def _apply(
     state: TrainState,
     gradient: PyTree,
-    finite: jax.Array | bool,
+    finite: jax.Array,
     optimizer: optax.GradientTransformation,
     clip_norm: float | None,
     ema_decay: float | None,

@@ -82,7 +82,7 @@ def test_rematerialised_and_unrolled_networks_give_the_same(system, gradients, s
         frozen, tree, expected = unstacked(frozen), unstacked(tree), unstacked(expected, axis=1)
     batch = random_batch(4)
     found, losses = jax.jit(lambda t: task_gradients(other, t, frozen, batch, KEY))(tree)
-    assert_trees_close(found, expected)
+    assert_trees_close(found, expected, 1e-4)
     assert_trees_close(losses, gradients[1])
 
 

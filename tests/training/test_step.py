@@ -233,6 +233,17 @@ def test_a_batch_without_hands_is_a_step_of_two_tasks(rescale):
         np.testing.assert_allclose(metrics[f"weight/{name}"], others[f"weight/{name}"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weights_are_filed_under_their_own_objectives(accumulate):
+    """The order of the objectives is not that of the alphabet."""
+    data = list(batches(1, face_mask=np.zeros((16, 5), np.float32)))
+    _, (metrics,) = run(data, accumulate=accumulate)
+    assert metrics["weight/face"] == metrics["loss/face"] == 0
+    assert min(metrics[f"{kind}/{name}"] for kind in ("weight", "loss") for name in ("global", "hand")) > 0
+    _, (metrics,) = run(data, fair=FairConfig(method="single"), accumulate=accumulate)
+    assert [metrics[f"weight/{name}"] for name in ("global", "face", "hand")] == [1, 0, 0]
+
+
 def test_priority_moves_the_weights():
     data = list(batches(1))
     _, plain = gradient_of(data)

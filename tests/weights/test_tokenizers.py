@@ -44,6 +44,13 @@ def test_every_word_of_the_captions_is_one_token(tokenizer, caption):
     assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in words]
 
 
+def test_words_made_of_each_other_are_still_one_token_each(tmp_path):
+    rng = np.random.default_rng(0)
+    words = sorted({"".join(rng.choice(list("abc"), size=rng.integers(1, 9))) for _ in range(200)})
+    tokenizer = build_small_clip_tokenizer([" ".join(words)], tmp_path)
+    assert tokenizer.tokenize(" ".join(words)) == [f"{word}</w>" for word in words]
+
+
 def test_other_words_spell_out_and_come_back(tokenizer):
     ids = tokenize(tokenizer, ["a Zebra"])[0]
     assert len(tokenizer.tokenize("zebra")) > 1

@@ -1,0 +1,104 @@
+"""cached_people: drawn once, the samples of PeopleDataset, whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from fairhuman_jax.data import cache
+from fairhuman_jax.data.people import PeopleDataset
+
+ARGUMENTS = (24, 3, 5, 10)  # size, length, seed, start
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A cache folder with one finished set."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAIRHUMAN_CACHE", str(folder))
+        cache.cached_people(*ARGUMENTS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(root, monkeypatch):
+    monkeypatch.setenv("FAIRHUMAN_CACHE", str(root))
+
+
+def test_samples_are_those_of_the_dataset():
+    source = cache.cached_people(*ARGUMENTS)
+    size, length, seed, start = ARGUMENTS
+    drawn = PeopleDataset(size, length, seed, start=start)
+    assert len(source) == len(drawn) == 3
+    for index in range(length):
+        sample, expected = source[index], drawn[index]
+        assert sample["caption"] == expected["caption"]
+        for name in ("image", "face_mask", "hand_mask"):
+            assert sample[name].dtype == np.uint8
+            np.testing.assert_array_equal(sample[name], expected[name])
+    assert any(source[i]["face_mask"].any() for i in range(3))
+    again = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(again[2]["image"], source[2]["image"])
+
+
+def test_a_second_opening_draws_nothing(root, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(cache, "_write", refuse)
+    before = sorted(root.rglob("*"))
+    assert len(cache.cached_people(*ARGUMENTS)) == 3
+    assert sorted(root.rglob("*")) == before
+    for other in ((24, 3, 6, 10), (24, 4, 5, 10), (24, 3, 5, 11), (32, 3, 5, 10)):
+        with pytest.raises(AssertionError, match="drawn again"):
+            cache.cached_people(*other)
+
+
+def test_a_changed_renderer_is_another_set(monkeypatch):
+    monkeypatch.setattr(cache, "_renderer_digest", lambda: "0" * 12)
+    monkeypatch.setattr(cache, "_write", lambda source, folder: pytest.fail(folder.name))
+    with pytest.raises(pytest.fail.Exception, match="people-24px-seed5-10.3-000000000000"):
+        cache.cached_people(*ARGUMENTS)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("FAIRHUMAN_CACHE", str(blocked))
+    with pytest.raises(OSError, match="people world: cannot keep 3 images in .*file .*set FAIRHUMAN_CACHE") as error:
+        cache.cached_people(*ARGUMENTS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
+    def stop(*arguments, **keywords):
+        assert len(list(tmp_path.iterdir())) == 1  # the work has begun, under another name
+        raise error
+
+    monkeypatch.setenv("FAIRHUMAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "ProcessPoolExecutor", stop)
+    with pytest.raises((KeyboardInterrupt, OSError)) as raised:
+        cache.cached_people(*ARGUMENTS)
+    assert list(tmp_path.iterdir()) == []
+    if raised.type is OSError:
+        assert "No space left on device" in str(raised.value)
+
+
+def test_losing_a_race_uses_the_folder_of_the_other_process(root, monkeypatch):
+    finished = next(root.glob("people-24px*"))
+    hidden = root / "hidden"
+    finished.rename(hidden)
+
+    def other_process_is_first(source, folder):
+        hidden.rename(folder)
+        own = root / "own"
+        own.mkdir()
+        own.rename(folder)  # fails: the folder is there and not empty
+
+    monkeypatch.setattr(cache, "_write", other_process_is_first)
+    assert len(cache.cached_people(*ARGUMENTS)) == 3
+    assert finished.is_dir()

@@ -1,0 +1,130 @@
+"""attention and batchable_backward: values, gradients, and pull-backs vmapped over cotangents alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fairhuman_jax.models.attention import attention, batchable_backward
+
+
+def inputs(length: int = 5, dtype=np.float32):
+    """query [2, 4, 3, 8], key and value [2, length, 3, 8]."""
+    rng = np.random.default_rng(0)
+    shapes = (2, 4, 3, 8), (2, length, 3, 8), (2, length, 3, 8)
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+def written_out(query, key, value, causal=False):
+    """softmax(q k^T / sqrt(d)) v in numpy, in float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[2]):
+            scores = query[b, :, h] @ key[b, :, h].T / np.sqrt(query.shape[-1])
+            if causal:
+                scores[np.triu_indices_from(scores, 1)] = -np.inf
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[b, :, h] = weights / weights.sum(-1, keepdims=True) @ value[b, :, h]
+    return out
+
+
+def test_equals_the_formula():
+    query, key, value = inputs()
+    np.testing.assert_allclose(attention(query, key, value), written_out(query, key, value), atol=1e-6)
+
+
+def test_causal_positions_see_no_later_ones():
+    query, key, value = inputs(length=4)
+    out = attention(query, key, value, causal=True)
+    np.testing.assert_allclose(out, written_out(query, key, value, causal=True), atol=1e-6)
+    changed = attention(query, key.at[:, 2:].add(5.0), value.at[:, 2:].add(5.0), causal=True)
+    np.testing.assert_array_equal(changed[:, :2], out[:, :2])
+    assert np.abs(changed[:, 2:] - out[:, 2:]).max() > 0.1
+
+
+def test_half_precision_keeps_scores_in_float32():
+    query, key, value = inputs(dtype=jnp.bfloat16)
+    query = query * 40  # scores of hundreds, where a bfloat16 softmax would be off by whole units
+    out = attention(query, key, value)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), written_out(query, key, value), atol=0.02)
+
+
+def test_unknown_implementations_are_refused():
+    with pytest.raises(ValueError, match="unknown attention implementation 'flash'; known: xla, cudnn"):
+        attention(*inputs(), implementation="flash")
+
+
+# ---- the pull-back of fused kernels ----------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def stubborn(query, key, value):
+    """Attention whose backward pass, as cuDNN's, cannot be batched over the cotangent alone."""
+    return attention(query, key, value)
+
+
+def _stubborn_backward(residuals, cotangent):
+    return backward(*residuals, cotangent)
+
+
+stubborn.defvjp(lambda *arguments: (attention(*arguments), arguments), _stubborn_backward)
+
+
+@jax.custom_batching.custom_vmap
+def backward(query, key, value, cotangent):
+    return jax.vjp(attention, query, key, value)[1](cotangent)
+
+
+@backward.def_vmap
+def _refuse(axis_size, batched, *arguments):
+    raise ValueError(f"backward: batched only in {batched}")
+
+
+def model(kernel, weights, x):
+    """A projection, the kernel, a projection: so that work lies on both sides of it."""
+    query, key, value = (jnp.einsum("blhd,de->blhe", y, weights) for y in x)
+    return jnp.einsum("blhd,de->blhe", kernel(query, key, value), weights)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(1)
+    weights = jnp.asarray(rng.normal(size=(8, 8)) / 3, jnp.float32)
+    cotangents = jnp.asarray(rng.normal(size=(3, 2, 4, 3, 8)), jnp.float32)
+    return weights, inputs(), cotangents
+
+
+def test_wrapped_kernel_has_the_same_values_and_gradients(problem):
+    weights, x, _ = problem
+
+    def loss(kernel):
+        return jax.value_and_grad(lambda w, y: jnp.sum(jnp.sin(model(kernel, w, y))), argnums=(0, 1))(weights, x)
+
+    for ours, plain in zip(*map(jax.tree.leaves, (loss(batchable_backward(stubborn)), loss(attention))), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_pull_back_vmapped_over_cotangents_equals_the_loop(problem, checkpoint):
+    weights, x, cotangents = problem
+
+    @partial(jax.jit, static_argnums=0)
+    def pulled(kernel, weights, x, cotangents):
+        forward = partial(model, kernel)
+        _, pull_back = jax.vjp(jax.checkpoint(forward) if checkpoint else forward, weights, x)
+        return jax.vmap(pull_back)(cotangents)
+
+    found = pulled(batchable_backward(stubborn), weights, x, cotangents)
+    _, pull_back = jax.vjp(partial(model, attention), weights, x)
+    one_by_one = [pull_back(cotangent) for cotangent in cotangents]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="backward: batched only in"):
+        pulled(stubborn, weights, x, cotangents)

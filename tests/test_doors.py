@@ -1,0 +1,139 @@
+"""The two command lines, end to end on the smallest pipeline, and what they answer to bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+from PIL import Image
+
+from fairhuman_jax.doors import sample_door, train_door
+from fairhuman_jax.weights import save_lora, save_pipeline
+
+CONFIG = '''
+from fairhuman_jax.systems.contract import PreviewConfig
+from fairhuman_jax.systems.fairhuman import FairHumanConfig
+from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+
+
+def config():
+    return RunConfig(
+        system=FairHumanConfig(base="{base}", rank=2),
+        output="{output}",
+        data=DataConfig(length=8, held_out=8, resolution=16),
+        train=TrainConfig(steps=2, batch_size=8, checkpoint_every=1),
+        preview=PreviewConfig(prompts=("a person waves",), steps=2),
+    )
+'''
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_pipeline(tiny_models.tiny_pipeline(), folder)
+    return folder
+
+
+@pytest.fixture
+def config(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRHUMAN_CACHE", str(base.parent / "cache"))
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.format(base=base, output=tmp_path / "run"))
+    return path
+
+
+def refused(capsys, door, arguments) -> str:
+    """The one line that a door answers with, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        door(arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    return lines[-1]
+
+
+def test_training_ends_with_table_picture_and_lora(config, tmp_path, capsys):
+    train_door([str(config)])
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[2:5]] == ["global", "face", "hand"]
+    assert "mean weight" in out and "images/s" in out
+    assert (tmp_path / "run/export/pytorch_lora_weights.safetensors").is_file()
+    first, both = (Image.open(tmp_path / "run" / n) for n in ("images/sample_0000000.png", "before_after.png"))
+    assert both.height > 2 * first.height
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1]
+    assert {"loss/global", "loss/face", "loss/hand", "weight/hand"} <= records[0].keys()
+
+    assert "holds a run at step 2" in refused(capsys, train_door, [str(config)])
+    train_door([str(config), "--resume", "--set", "train.steps=3"])
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["missing.py"], "missing.py: no such configuration file"),
+        (["CONFIG", "--set", "train.stepz=3"], "has no 'stepz'; did you mean steps?"),
+        (["CONFIG", "--set", "train.steps=many"], "train.steps=many: needs int"),
+        (["CONFIG", "--set", "system.base=/nowhere"], "base model '/nowhere': no such folder"),
+        (["CONFIG", "--set", "data.folder=/nowhere"], "/nowhere"),
+        (["CONFIG", "--set", "optimizer.schedule=sudden"], "known: constant, cosine"),
+        (["CONFIG", "--set", "fair.method=fairest"], "unknown method 'fairest'"),
+        (["CONFIG", "--set", "train.batch_size=7"], "a batch of 7 does not divide over 8 devices"),
+        (["CONFIG", "--resume"], "no checkpoint to resume from"),
+    ],
+)
+def test_training_refuses_in_one_line(config, capsys, arguments, expected):
+    arguments = [str(config) if argument == "CONFIG" else argument for argument in arguments]
+    assert expected in refused(capsys, train_door, arguments)
+
+
+def test_samples_carry_their_recipe_and_depend_on_seed_alone(base, tmp_path):
+    options = ["--base", str(base), "--steps", "2", "--size", "16"]
+    sample_door(["a person waves", "two hands", "--number", "2", "--seed", "5", *options, "--output", str(tmp_path / "a")])
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["a-person-waves-5.png", "a-person-waves-6.png", "sheet.png", "two-hands-5.png", "two-hands-6.png"]
+    picture = Image.open(tmp_path / "a/two-hands-6.png")
+    recipe = json.loads(picture.info["parameters"])
+    assert recipe["prompt"] == "two hands" and recipe["seed"] == 6 and recipe["steps"] == 2
+    sample_door(["two hands", "--seed", "6", *options, "--output", str(tmp_path / "b")])
+    again = Image.open(tmp_path / "b/two-hands-6.png")
+    assert np.abs(np.asarray(picture, int) - np.asarray(again, int)).max() <= 1
+
+
+def test_loras_add_up(base, tmp_path):
+    system = tiny_models.fairhuman()
+    lora = tiny_models.trained_lora(system)
+    path = save_lora(lora, tmp_path / "lora")
+    options = ["a person waves", "--base", str(base), "--steps", "2", "--size", "16"]
+    pictures = []
+    for i, entries in enumerate(([], [f"{path}:1.0"], [f"{path}:0.25", f"{path}:0.75"])):
+        flags = [flag for entry in entries for flag in ("--lora", entry)]
+        sample_door([*options, *flags, "--output", str(tmp_path / str(i))])
+        pictures.append(np.asarray(Image.open(tmp_path / str(i) / "a-person-waves-0.png"), int))
+    plain, whole, parts = pictures
+    assert np.abs(plain - whole).max() > 8
+    assert np.abs(whole - parts).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--base", "/nowhere"], "base model '/nowhere': no such folder, and not one that ships (people)"),
+        (["--base", "BASE", "--size", "17"], "--size 17x17: both sides must be multiples of 2"),
+        (["--base", "BASE", "--size", "huge"], "write 64 or 64x96"),
+        (["--base", "BASE", "--lora", "/nowhere.safetensors"], "/nowhere.safetensors"),
+        (["--base", "BASE", "--number", "0"], "--number 0: at least 1"),
+    ],
+)
+def test_sampling_refuses_in_one_line(base, capsys, arguments, expected):
+    arguments = [str(base) if argument == "BASE" else argument for argument in arguments]
+    assert expected in refused(capsys, sample_door, ["a person", *arguments])
+
+
+def test_a_prompt_too_long_is_cut_with_a_word(base, tmp_path, capsys):
+    options = ["--base", str(base), "--steps", "1", "--size", "16", "--output", str(tmp_path)]
+    sample_door(["a person waves two hands a face a person smiles", *options])
+    assert "prompt 1 is 6 tokens too long" in capsys.readouterr().err

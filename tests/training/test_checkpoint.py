@@ -1,0 +1,117 @@
+"""Checkpoints: bitwise round trips, torn and missing ones, and those of another model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import assert_trees_equal
+
+from fairhuman_jax.training.checkpoint import Checkpointer
+from fairhuman_jax.training.sharding import make_mesh, replicate
+from fairhuman_jax.training.state import OptimizerConfig, init_state, make_optimizer
+
+POSITION = {"step": 12, "batch_size": 4, "seed": 3, "shuffle": True, "samples": 9, "shards": 1}
+CONFIG = {"type": "RunConfig", "output": "somewhere"}
+
+
+def make_state(seed: int, *, width: int = 3, ema: bool = True):
+    """A state in which no array is zero."""
+    rng = np.random.default_rng(seed)
+    tree = {"unet": {"to_q": {"down": jnp.ones((4, width)), "up": jnp.ones((2, width, 5), jnp.bfloat16)}}}
+    optimizer = make_optimizer(OptimizerConfig(schedule="cosine", warmup_steps=2), 100)
+    state = init_state(tree, optimizer, jax.random.key(seed), ema=ema)
+
+    def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        return jnp.asarray(100 * rng.random(leaf.shape) + 1, leaf.dtype)
+
+    return jax.tree.map(draw, state)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of steps 8 and 12, those of states 8 and 12."""
+    checkpoints = Checkpointer(tmp_path / "checkpoints")
+    for step in (8, 12):
+        checkpoints.save(step, make_state(step), POSITION | {"step": step}, CONFIG)
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def restored(folder, template):
+    checkpoints = Checkpointer(folder)
+    try:
+        return checkpoints.restore(template)
+    finally:
+        checkpoints.close()
+
+
+def test_restores_the_newest_bit_for_bit(folder):
+    state, position = restored(folder, make_state(0))
+    assert_trees_equal(state, make_state(12))
+    assert position == POSITION
+    same = [jax.random.normal(s.key, (3,)) for s in (state, make_state(12))]
+    np.testing.assert_array_equal(*same)
+
+
+def test_restores_without_an_average(tmp_path):
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, make_state(1, ema=False), POSITION, CONFIG)
+    checkpoints.close()
+    state, _ = restored(tmp_path, make_state(2, ema=False))
+    assert state.ema is None
+    assert_trees_equal(state, make_state(1, ema=False))
+
+
+def test_arrays_are_those_at_the_time_of_saving_and_land_on_the_mesh(tmp_path):
+    mesh = make_mesh(2)
+    state = replicate(mesh, make_state(1))
+    donate = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s.replace(key=None)), donate_argnums=0)
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, state, POSITION, CONFIG)
+    jax.block_until_ready(donate(state))  # overwrites the saved buffers at once, as the next step does
+    checkpoints.close()
+    state, _ = restored(tmp_path, replicate(mesh, make_state(2)))
+    assert_trees_equal(state, make_state(1))
+    for leaf in jax.tree.leaves(state.replace(key=None)):
+        assert len(leaf.sharding.device_set) == 8 and leaf.sharding.is_fully_replicated
+
+
+def test_only_the_last_ones_are_kept(folder):
+    checkpoints = Checkpointer(folder, keep=1)
+    checkpoints.save(20, make_state(20), POSITION, CONFIG)
+    checkpoints.close()
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["20"]
+
+
+def test_nothing_to_resume_is_one_clear_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from in .*; start without --resume") as error:
+        restored(tmp_path / "empty", make_state(0))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"width": 4}, {"ema": False}], ids=["shape", "structure"])
+def test_another_model_is_one_clear_line(folder, change):
+    with pytest.raises(ValueError, match="12 does not fit this configuration .*; resume with the config") as error:
+        restored(folder, make_state(0, **change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tear", ["renamed", "no_state"])
+def test_a_torn_checkpoint_is_not_restored(folder, tear):
+    """A save that was killed lies under a temporary name; a step folder without its arrays is no checkpoint either."""
+    if tear == "renamed":
+        os.rename(folder / "12", folder / "12.orbax-checkpoint-tmp-1")
+    else:
+        shutil.rmtree(folder / "12" / "state")
+        (folder / "12" / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+        os.rename(folder / "12", folder / "12.orbax-checkpoint-tmp")
+    state, position = restored(folder, make_state(0))
+    assert position["step"] == 8
+    assert_trees_equal(state, make_state(8))
