@@ -18,7 +18,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
 from fairhuman_jax.models.presets import SD15_UNET
 from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
 from fairhuman_jax.training.sharding import make_mesh
-from fairhuman_jax.training.state import OptimizerConfig, init_state, make_optimizer
+from fairhuman_jax.training.state import OptimizerConfig, TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import FairConfig, make_train_step
 from fairhuman_jax.weights import Pipeline, expected_params
 
@@ -90,13 +90,11 @@ def program(system: FairHuman, batch_size: int) -> tuple[Callable, tuple]:
     optimizer = make_optimizer(OptimizerConfig(), steps=100)
     step = make_train_step(system, optimizer, make_mesh(devices=jax.devices()[:1]), FairConfig(), clip_norm=1.0)
 
-    def start(key: jax.Array, frozen: Any) -> Any:
-        trainable, _ = replace(system, pipeline=replace(system.pipeline, params=frozen)).init(key)
-        return init_state(trainable, optimizer, key, ema=False)
+    def start(key: jax.Array) -> TrainState:
+        return init_state(system.init(key)[0], optimizer, key, ema=False)
 
-    frozen = system.pipeline.params
-    state = jax.eval_shape(start, jax.random.key(0), frozen)
-    return step, (state, frozen, batch_shapes(system, batch_size))
+    state = jax.eval_shape(start, jax.random.key(0))
+    return step, (state, system.pipeline.params, batch_shapes(system, batch_size))
 
 
 def batch_shapes(system: FairHuman, count: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -28,16 +28,16 @@ UNET = {
 }
 TEXT_ENCODER = {
     "architectures": ["CLIPTextModel"],
-    "vocab_size": 835,
+    "vocab_size": 837,
     "hidden_size": TEXT_WIDTH,
     "intermediate_size": 4 * TEXT_WIDTH,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "max_position_embeddings": 48,
     "hidden_act": "quick_gelu",
-    "bos_token_id": 833,
-    "eos_token_id": 834,
-    "pad_token_id": 834,
+    "bos_token_id": 835,
+    "eos_token_id": 836,
+    "pad_token_id": 836,
 }
 SCHEDULER = {
     "_class_name": "DDIMScheduler",

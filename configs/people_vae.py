@@ -17,7 +17,7 @@ VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
     "layers_per_block": 1,
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
     "sample_size": 64,
 }
 
@@ -29,7 +29,7 @@ def config() -> RunConfig:
         output="runs/people_vae",
         data=DataConfig(length=23_872, held_out=128, resolution=64),
         optimizer=OptimizerConfig(
-            learning_rate=1.5e-3, schedule="cosine", warmup_steps=50, final_fraction=0.02, weight_decay=0.0
+            learning_rate=2e-3, schedule="cosine", warmup_steps=50, final_fraction=0.02, weight_decay=0.0
         ),
-        train=TrainConfig(steps=2_500, batch_size=8, ema_decay=0.995, log_every=10, checkpoint_every=250, preview_every=250),
+        train=TrainConfig(steps=1_500, batch_size=8, ema_decay=0.995, log_every=20, checkpoint_every=250, preview_every=250),
     )

@@ -21,13 +21,15 @@ from tqdm import tqdm
 
 from fairhuman_jax.data.loader import Source
 from fairhuman_jax.data.people import PeopleDataset
+from fairhuman_jax.data.people.paraphrase import paraphrases
 
 CHUNK = 64
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class CachedSource:
-    """The samples of a finished cache folder: image, face_mask, hand_mask and caption of each. Picklable."""
+    """The samples of a finished cache folder: image, face_mask, hand_mask, caption and `captions`, its paraphrases, of
+    which the loader draws one. Picklable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +49,8 @@ class CachedSource:
             name: np.unpackbits(packed[index], count=side * side).reshape(side, side, 1)
             for name, packed in self._masks.items()
         }
-        return {"image": image, "caption": self.captions[index], **masks}
+        caption = self.captions[index]
+        return {"image": image, "caption": caption, "captions": paraphrases(caption), **masks}
 
     def __reduce__(self):
         return CachedSource, (self.folder,)

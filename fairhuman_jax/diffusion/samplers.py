@@ -74,8 +74,12 @@ def sample(
         raise ValueError(f"sample: rule {rule.name} is stochastic; expected a key or noise")
     if noise is not None and noise.shape != (rows, *latents.shape):
         raise ValueError(f"sample: noise is {noise.shape}; expected {(rows, *latents.shape)}")
-    if schedule.prediction_type == "epsilon" and np.any(schedule.alphas_cumprod[table["timestep"].astype(int)] == 0):
-        raise ValueError("sample: an epsilon prediction is undefined at zero SNR; expected v_prediction or sample")
+    if schedule.prediction_type == "epsilon" and np.any(
+        schedule.alphas_cumprod[table["timestep"].astype(int)] == 0
+    ):
+        raise ValueError(
+            "sample: an epsilon prediction is undefined at zero SNR; expected v_prediction or sample"
+        )
     latents = latents.astype(jnp.float32) * rule.start(schedule, table)
 
     def step(carry: tuple[Array, PyTree], inputs: tuple[Row, Array | None, Array]) -> tuple[Any, None]:
@@ -118,7 +122,12 @@ def ddim(eta: float = 0.0) -> StepRule:
         return {"timestep": times, **{name: column.astype(np.float32) for name, column in columns.items()}}
 
     def update(
-        schedule: NoiseSchedule, row: Row, latents: Array, prediction: Array, history: PyTree, noise: Array | None
+        schedule: NoiseSchedule,
+        row: Row,
+        latents: Array,
+        prediction: Array,
+        history: PyTree,
+        noise: Array | None,
     ) -> tuple[Array, PyTree]:
         x0, epsilon = to_x0_epsilon(
             schedule.prediction_type, prediction, latents, row["signal"], row["spread"]
@@ -154,7 +163,12 @@ def euler_ancestral() -> StepRule:
         return {name: column.astype(np.float32) for name, column in columns.items()}
 
     def update(
-        schedule: NoiseSchedule, row: Row, latents: Array, prediction: Array, history: PyTree, noise: Array | None
+        schedule: NoiseSchedule,
+        row: Row,
+        latents: Array,
+        prediction: Array,
+        history: PyTree,
+        noise: Array | None,
     ) -> tuple[Array, PyTree]:
         scale = jnp.sqrt(row["sigma"] ** 2 + 1.0)
         _, epsilon = to_x0_epsilon(

@@ -92,7 +92,9 @@ class NoiseSchedule:
         config = dict(config)
         class_name = config.pop("_class_name", None)
         if class_name is not None and class_name not in _KNOWN_CLASSES:
-            raise ValueError(f"schedule: _class_name {class_name!r} is not supported; known: {', '.join(_KNOWN_CLASSES)}")
+            raise ValueError(
+                f"schedule: _class_name {class_name!r} is not supported; known: {', '.join(_KNOWN_CLASSES)}"
+            )
         for option in _REFUSED_OPTIONS:
             if config.get(option):
                 raise ValueError(f"schedule: {option} = {config[option]!r} is not supported; expected false")
@@ -114,7 +116,11 @@ class NoiseSchedule:
             if field.name not in ("class_name", "extra")
         }
         config["trained_betas"] = None if self.trained_betas is None else list(self.trained_betas)
-        return {"_class_name": self.class_name, **config, **{key: _thawed(value) for key, value in self.extra}}
+        return {
+            "_class_name": self.class_name,
+            **config,
+            **{key: _thawed(value) for key, value in self.extra},
+        }
 
     @functools.cached_property
     def alphas_cumprod64(self) -> np.ndarray:

@@ -28,8 +28,8 @@ def mpd_weights(gram: Array, alpha: float | Array = 2.0, priority: Array | None 
     `priority` [K] > 0, default ones.
     Returns w [K], in the dtype of the computation; all zero when `gram` holds an inf or NaN.
     Limits: w scales as gram^(-alpha/(alpha+1)) and is clipped to the largest finite number of its dtype; a task
-    with G_ii <= 2^-46 max_j G_jj is inactive. Exactly opposed gradients have no finite solution: a ridge of a few
-    machine epsilons on the cosine matrix bounds their weights, and they cancel. First derivatives are
+    with G_ii <= 2^-46 max_j G_jj is inactive. Exactly opposed gradients have no finite solution: a ridge of one
+    machine epsilon on the cosine matrix bounds their weights, and they cancel. First derivatives are
     the implicit ones; higher derivatives are not defined. Checked for alpha in [0.1, 100]; from about 10 on, weights
     of tasks far from the worst one may be floored near zero.
     Source: FairHuman (arXiv 2507.02714); FairGrad (arXiv 2402.15638).
@@ -77,7 +77,9 @@ def gram_matrix(task_grads: PyTree, scale: float | Array = 1.0) -> Array:
 
     # Sorted before they are summed: XLA's CPU compiler fuses a plain sum of N terms, whole, into each of its consumers,
     # which takes minutes to compile; a sort is never fused.
-    return jnp.sum(jnp.sort(jnp.stack([leaf_gram(leaf) for leaf in jax.tree.leaves(task_grads)]), axis=0), axis=0)
+    return jnp.sum(
+        jnp.sort(jnp.stack([leaf_gram(leaf) for leaf in jax.tree.leaves(task_grads)]), axis=0), axis=0
+    )
 
 
 def gradient_scale(task_grads: PyTree) -> Array:
@@ -98,7 +100,9 @@ def task_count(task_grads: PyTree) -> int:
     counts = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(counts) != 1 or None in counts:
         found = sorted(map(str, counts)) if counts else "no leaves"
-        raise ValueError(f"task_grads: every leaf needs one leading task axis of the same size; found {found}")
+        raise ValueError(
+            f"task_grads: every leaf needs one leading task axis of the same size; found {found}"
+        )
     return counts.pop()
 
 
@@ -289,4 +293,6 @@ def _read_priority(priority: Array | None, gram: Array) -> Array:
 
 def _check_alpha(alpha: float | Array) -> None:
     if not isinstance(alpha, jax.core.Tracer) and not 0.0 <= float(alpha) < float("inf"):
-        raise ValueError(f"alpha is {alpha}; expected a finite number >= 0 (0 uniform, 1 proportional, 2 MPD)")
+        raise ValueError(
+            f"alpha is {alpha}; expected a finite number >= 0 (0 uniform, 1 proportional, 2 MPD)"
+        )

@@ -37,13 +37,17 @@ def region_losses(
     Source: FairHuman (arXiv 2507.02714).
     """
     if prediction.shape != target.shape:
-        raise ValueError(f"region_losses: prediction {prediction.shape} and target {target.shape} differ in shape")
+        raise ValueError(
+            f"region_losses: prediction {prediction.shape} and target {target.shape} differ in shape"
+        )
     if normalize not in ("pixels", "area"):
         raise ValueError(f"region_losses: unknown normalize {normalize!r}; known: pixels, area")
     local_weight = weight
     if compat == "reference":
         if normalize != "pixels" or not isinstance(local_scale, (int, float)) or local_scale != 1.0:
-            raise ValueError("region_losses: compat='reference' fixes local_scale = 25 and normalize = 'pixels'")
+            raise ValueError(
+                "region_losses: compat='reference' fixes local_scale = 25 and normalize = 'pixels'"
+            )
         local_scale, local_weight = REFERENCE_LOCAL_SCALE, None
     elif compat is not None:
         raise ValueError(f"region_losses: unknown compat {compat!r}; known: reference")
@@ -86,7 +90,9 @@ def latent_mask(mask: Array, factor: int, method: str = "stride", threshold: flo
         return inside[every].astype(jnp.float32)
     if method != "area":
         raise ValueError(f"latent_mask: unknown method {method!r}; known: stride, area")
-    cells = mask.shape[:rows] + (height // factor, factor, width // factor, factor) + mask.shape[columns + 1 :]
+    cells = (
+        mask.shape[:rows] + (height // factor, factor, width // factor, factor) + mask.shape[columns + 1 :]
+    )
     covered = jnp.mean(inside.astype(jnp.float32).reshape(cells), axis=(rows + 1, rows + 3))
     return (covered >= threshold).astype(jnp.float32)
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from fairhuman_jax.losses import combine, combine_weighted, fair_combine, gram_matrix, mpd_weights, task_weights
+from fairhuman_jax import losses
+from fairhuman_jax.losses import combine_weighted, gram_matrix, mpd_weights, task_weights
 
+combine = jax.jit(losses.combine, static_argnames=("method", "rescale", "axis_name"))
+fair_combine = jax.jit(losses.fair_combine, static_argnames=("alpha", "rescale", "axis_name"))
 ROWS = np.array([[3.0, 0, 4], [1, 2, 2], [0, -1, 1]], np.float32)
 
 
@@ -31,7 +34,7 @@ def test_gram_matrix_is_summed_over_leaves_in_fp32():
 
 
 def test_published_direction_and_info():
-    grads, info = jax.jit(fair_combine)(tree(ROWS))
+    grads, info = fair_combine(tree(ROWS))
     np.testing.assert_allclose(flat(grads), [0.91769119, -0.53058256, 3.38945561], rtol=1e-5)
     np.testing.assert_allclose(info["weights"], [0.03382882, 0.20441060, 0.58568205], rtol=1e-5)
     np.testing.assert_allclose(info["gram"], ROWS @ ROWS.T, rtol=1e-6)
@@ -56,7 +59,7 @@ def test_a_non_finite_gradient_gives_zero_and_a_flag(value):
     for method in ("mpd", "sum", "single"):
         rows = ROWS.copy()
         rows[1, 2] = value
-        grads, info = jax.jit(lambda g, method=method: combine(g, method))(tree(rows))
+        grads, info = combine(tree(rows), method)
         np.testing.assert_array_equal(flat(grads), 0.0)
         assert not info["finite"] and not np.any(info["active"])
         np.testing.assert_array_equal(info["coefficients"], 0.0)
@@ -78,7 +81,11 @@ def test_baselines_share_the_path_and_differ_from_mpd():
 
 def test_rescale_options():
     direction = flat(fair_combine(tree(ROWS), rescale="none")[0])
-    wanted = {"n_tasks": 3 * np.linalg.norm(direction), "match_sum_norm": np.linalg.norm(ROWS.sum(0)), "unit": 1.0}
+    wanted = {
+        "n_tasks": 3 * np.linalg.norm(direction),
+        "match_sum_norm": np.linalg.norm(ROWS.sum(0)),
+        "unit": 1.0,
+    }
     for rescale, norm in wanted.items():
         grads = flat(fair_combine(tree(ROWS), rescale=rescale)[0])
         np.testing.assert_allclose(np.linalg.norm(grads), norm, rtol=1e-5, err_msg=rescale)
@@ -97,7 +104,9 @@ def test_gradients_whose_squares_leave_fp32(exponent, rescale):
     np.testing.assert_allclose(flat(grads) / scale**power, base, rtol=2e-5)
     assert info["finite"] and np.all(info["active"]) and np.all(np.isfinite(info["weights"]))
     if rescale == "n_tasks" and abs(exponent) <= 20:
-        np.testing.assert_allclose(info["weights"] * scale ** (4 / 3), mpd_weights(gram_matrix(tree(ROWS))), rtol=1e-4)
+        np.testing.assert_allclose(
+            info["weights"] * scale ** (4 / 3), mpd_weights(gram_matrix(tree(ROWS))), rtol=1e-4
+        )
 
 
 def test_loss_scale_is_removed_before_solving():
@@ -111,7 +120,9 @@ def test_loss_scale_is_removed_before_solving():
     np.testing.assert_allclose(removed["weights"], info["weights"], rtol=1e-6)
     np.testing.assert_allclose(removed["gram"], info["gram"], rtol=1e-6)
     np.testing.assert_allclose(flat(combine(scaled, "sum", loss_scale=scale)[0]), ROWS.sum(0), rtol=1e-6)
-    np.testing.assert_allclose(combine_weighted(scaled, removed["coefficients"])["bias"], base["bias"], rtol=1e-6)
+    np.testing.assert_allclose(
+        combine_weighted(scaled, removed["coefficients"])["bias"], base["bias"], rtol=1e-6
+    )
 
 
 def test_result_keeps_the_dtype_of_each_leaf():
@@ -127,6 +138,7 @@ def test_weights_from_the_gram_alone_reproduce_the_combination():
     np.testing.assert_allclose(info["weights"], expected[1]["weights"], rtol=1e-5)
 
 
+@jax.jit
 def task_gradients(parameters, inputs, targets):
     """Three losses of one linear model, each a mean over the batch; gradients stacked on a task axis."""
 
@@ -162,13 +174,17 @@ def test_eight_devices_average_before_solving():
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("data")
-    mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec(), check_vma=False))
+    mapped = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec(), check_vma=False)
+    )
     grads, sharded_info = mapped(inputs, targets)
     np.testing.assert_allclose(grads["kernel"], whole["kernel"], rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(sharded_info["weights"], info["weights"], rtol=2e-5)
     split = jax.tree.map(lambda array: array.reshape(8, 2, -1), (inputs, targets))
     replicas, _ = jax.pmap(local, axis_name="data")(*split)
-    np.testing.assert_allclose(replicas["kernel"], np.broadcast_to(whole["kernel"], (8, 5, 4)), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        replicas["kernel"], np.broadcast_to(whole["kernel"], (8, 5, 4)), rtol=2e-5, atol=1e-6
+    )
 
 
 def test_combination_is_differentiable():
