@@ -68,11 +68,12 @@ def report(result: Result) -> str:
 
 
 def sample_door(arguments: Sequence[str] | None = None) -> None:
-    """`sample.py PROMPT [PROMPT ...] [options]`."""
+    """`sample.py [PROMPT ...] [--prompts FILE] [options]`."""
     parser = argparse.ArgumentParser(
         prog="sample.py", description="Draws prompts; PNGs carry their recipe, several make a contact sheet as well."
     )
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--prompts", dest="file", type=Path, metavar="FILE", help="a text file, one prompt a line")
     parser.add_argument("--base", default="people", help="a diffusers folder, or people (shipped)")
     parser.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="a LoRA file or folder")
     parser.add_argument("--negative", default="", help="what the picture should not be")
@@ -80,7 +81,7 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, default=1, help="images a prompt")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--size", type=_size, default=None, metavar="N or HxW", help="pixels; the base's own if left out")
+    parser.add_argument("--size", type=_size, default=None, metavar="N or HxW", help="pixels (default: the base's)")
     parser.add_argument("--batch", type=int, default=16, help="images at once")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--output", type=Path, default=Path("samples"), help="folder of the pictures")
@@ -90,6 +91,9 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
         for name in ("number", "steps", "batch"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} {getattr(options, name)}: at least 1")
+        options.prompts += _read_prompts(options.file) if options.file else []
+        if not options.prompts:
+            raise ValueError("nothing to draw: give a prompt, or --prompts FILE")
         _keep_compiled_programs()
         written = _sample(options)
     except USER_ERRORS as error:
@@ -164,6 +168,13 @@ def _write(options: argparse.Namespace, size: tuple[int, int], prompt: str, seed
     pixels = np.rint((image + 1.0) * 127.5).astype(np.uint8)
     Image.fromarray(pixels).save(path, pnginfo=metadata)
     return path
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts {path}: no such file")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _loras(entries: Sequence[str], params: dict[str, Any]) -> dict[str, Any] | None:

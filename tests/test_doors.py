@@ -133,6 +133,15 @@ def test_sampling_refuses_in_one_line(base, capsys, arguments, expected):
     assert expected in refused(capsys, sample_door, ["a person", *arguments])
 
 
+def test_prompts_come_from_a_file(base, tmp_path, capsys):
+    options = ["--base", str(base), "--steps", "1", "--size", "16", "--output", str(tmp_path / "out")]
+    assert "nothing to draw" in refused(capsys, sample_door, options)
+    assert "none.txt: no such file" in refused(capsys, sample_door, ["--prompts", "none.txt", *options])
+    (tmp_path / "prompts.txt").write_text("two hands\n\na face\n")
+    sample_door(["--prompts", str(tmp_path / "prompts.txt"), *options])
+    assert {"a-face-0.png", "two-hands-0.png", "sheet.png"} == {p.name for p in (tmp_path / "out").iterdir()}
+
+
 def test_a_prompt_too_long_is_cut_with_a_word(base, tmp_path, capsys):
     options = ["--base", str(base), "--steps", "1", "--size", "16", "--output", str(tmp_path)]
     sample_door(["a person waves two hands a face a person smiles", *options])

@@ -14,7 +14,8 @@ from fairhuman_jax.models.attention import attention
 from fairhuman_jax.models.layers import LayerNorm, Linear, activation
 from fairhuman_jax.models.transformer import ATTENTION_OUTPUT, rematerialise
 
-LEGACY_EOS = 2  # in configs older than transformers PR 24773 this id is wrong, and pooling takes the largest id instead
+# In configs older than transformers PR 24773 this id is wrong, and pooling takes the largest id instead.
+LEGACY_EOS = 2
 
 CONFIG_DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408,
@@ -99,16 +100,10 @@ class CLIPEmbeddings(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         length = ids.shape[-1]
         if length > self.max_length:
-            raise ValueError(
-                f"CLIPText: {length} tokens a prompt, but the model has {self.max_length} positions"
-            )
+            raise ValueError(f"CLIPText: {length} tokens a prompt, but the model has {self.max_length} positions")
         init = nn.initializers.normal(0.02)
-        tokens = nn.Embed(
-            self.vocab_size, self.width, self.dtype, embedding_init=init, name="token_embedding"
-        )
-        places = nn.Embed(
-            self.max_length, self.width, self.dtype, embedding_init=init, name="position_embedding"
-        )
+        tokens = nn.Embed(self.vocab_size, self.width, self.dtype, embedding_init=init, name="token_embedding")
+        places = nn.Embed(self.max_length, self.width, self.dtype, embedding_init=init, name="position_embedding")
         return tokens(ids) + places(jnp.arange(length))
 
 
@@ -168,11 +163,11 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """CLIP text encoder: ids int [B, L] -> {last_hidden_state [B, L, D], penultimate [B, L, D], pooled [B, P]}.
+    """CLIP text encoder: ids [B, L] -> {last_hidden_state [B, L, D], penultimate [B, L, D], pooled [B, P]}.
 
-    `penultimate` is the state before the last layer, not normalised (what SDXL conditions on). `pooled` is the
-    normalised state at the first end token, through `text_projection` when the config's architecture has one (P = its
-    width, else D). A config with `eos_token_id` 2 pools at the largest id.
+    `penultimate` is the state before the last layer, not normalised (what SDXL conditions on). `pooled` is
+    the normalised state at the first end token, through `text_projection` when the config's architecture has
+    one (P = its width, else D). A config with `eos_token_id` 2 pools at the largest id.
     Errors: more tokens than positions. Source: Radford et al. 2021 (CLIP), section 2.4.
     """
 
@@ -185,7 +180,7 @@ class CLIPText(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **runtime: Any) -> CLIPText:
-        """Build from the `config.json` of a transformers CLIP text encoder; unsupported settings are refused by name."""
+        """Build from the `config.json` of a CLIP text encoder; unsupported settings are refused by name."""
         if "text_config" in config:
             raise ValueError(
                 "CLIPText: this config is of a whole CLIP model (text_config inside); give its text encoder"

@@ -20,8 +20,9 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 def init_lora(key: jax.Array, params: PyTree, rank: int, targets: Sequence[str] = UNET_TARGETS) -> PyTree:
     """A LoRA tree for every linear layer of `params` whose dotted module name ends in one of `targets`.
 
-    Leaves, float32: `down` [in, r] ~ N(0, 1 / r^2) and `up` [r, out] = 0, each with a leading depth axis where the
-    kernel has one; so the adapted network equals the plain one at first. `params` may hold arrays or their shapes.
+    Leaves, float32: `down` [in, r] ~ N(0, 1 / r^2) and `up` [r, out] = 0, each with a leading depth axis
+    where the kernel has one; so the adapted network equals the plain one at first. `params` may hold arrays
+    or their shapes.
     Errors: rank below 1; a target that names no layer; a target that names a convolution.
     """
     if rank < 1:
@@ -36,7 +37,7 @@ def init_lora(key: jax.Array, params: PyTree, rank: int, targets: Sequence[str] 
 
 
 def scale_lora(lora: PyTree, weight: float | jax.Array) -> PyTree:
-    """The same update at `weight` times its strength: `up` is multiplied, `down` kept (alpha / rank goes here)."""
+    """The same update at `weight` times its strength (alpha / rank goes here): only `up` is multiplied."""
     flat = flatten_dict(lora)
     return unflatten_dict({path: leaf * weight if path[-1] == "up" else leaf for path, leaf in flat.items()})
 
@@ -50,13 +51,9 @@ def _target_kernels(params: PyTree, targets: Sequence[str]) -> dict[tuple[str, .
         if path[-1] != "kernel" or not matching:
             continue
         if len(leaf.shape) > 3:
-            raise ValueError(
-                f"LoRA target {name} is a convolution; only linear layers take a low-rank update"
-            )
+            raise ValueError(f"LoRA target {name} is a convolution; only linear layers take a low-rank update")
         unused -= matching
         kernels[path[:-1]] = tuple(leaf.shape)
     if unused or not kernels:
-        raise ValueError(
-            f"LoRA targets that name no linear layer: {', '.join(sorted(unused)) or 'none were given'}"
-        )
+        raise ValueError(f"LoRA targets that name no linear layer: {', '.join(sorted(unused)) or 'none were given'}")
     return kernels

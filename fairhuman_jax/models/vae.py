@@ -16,9 +16,7 @@ from fairhuman_jax.models.transformer import ATTENTION_OUTPUT, rematerialise
 
 EPSILON = 1e-6  # of every group norm of this network; no config key sets it
 LOGVAR_RANGE = (-30.0, 20.0)
-QUERY_CHUNK = (
-    4096  # more queries than this go through the mid attention in turns: its scores are quadratic in pixels
-)
+QUERY_CHUNK = 4096  # more queries than this go through the mid attention in turns: its scores are quadratic in pixels
 
 CONFIG_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
@@ -75,8 +73,7 @@ class VAEAttention(nn.Module):
         normed = GroupNorm(self.groups, EPSILON, self.dtype, name="group_norm")(x)
         normed = normed.reshape(batch, height * width, channels)
         query, key, value = (
-            Linear(channels, dtype=self.dtype, name=name)(normed)[:, :, None]
-            for name in ("to_q", "to_k", "to_v")
+            Linear(channels, dtype=self.dtype, name=name)(normed)[:, :, None] for name in ("to_q", "to_k", "to_v")
         )
         if height * width <= QUERY_CHUNK:
             mixed = attention(query, key, value)
@@ -86,9 +83,7 @@ class VAEAttention(nn.Module):
                 return attention(row[:, None], key, value)[:, 0]
 
             mixed = jax.lax.map(of_one_query, query.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
-        mixed = Linear(channels, dtype=self.dtype, name="to_out.0")(
-            checkpoint_name(mixed[:, :, 0], ATTENTION_OUTPUT)
-        )
+        mixed = Linear(channels, dtype=self.dtype, name="to_out.0")(checkpoint_name(mixed[:, :, 0], ATTENTION_OUTPUT))
         return x + mixed.reshape(x.shape)
 
 
@@ -110,7 +105,7 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """`down`: stride-2 convolution padded at the bottom and right only; `up`: nearest-neighbour doubling, convolution."""
+    """`down`: stride-2 convolution, padded at bottom and right only; `up`: nearest doubling, convolution."""
 
     direction: str
     dtype: Any = jnp.float32
@@ -123,7 +118,7 @@ class Resample(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution of the encoder or decoder: `depth` resnets, then a resampler (`up`, `down`) unless it is the last."""
+    """One resolution of encoder or decoder: `depth` resnets, then an `up` or `down` resampler, if any."""
 
     features: int
     depth: int
@@ -186,11 +181,11 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Autoencoder with a Gaussian latent: `encode(image) -> (mean, logvar)`, `decode(latents) -> image`.
 
-    Images [B, H, W, 3] in [-1, 1], H and W multiples of `downscale`; latents [B, H/f, W/f, C] as the encoder gives
-    them: callers multiply by `scaling_factor` after encoding and divide before decoding. logvar is clipped to
-    [-30, 20]. Apply with `method="encode"` or `method="decode"`; a plain call decodes the mean of the encoding.
-    `scan` and `attention` are the runtime fields of every network; this one has no equal blocks to scan and one head
-    too wide for fused attention, so neither changes it.
+    Images [B, H, W, 3] in [-1, 1], H and W multiples of `downscale`; latents [B, H/f, W/f, C] as the encoder
+    gives them: callers multiply by `scaling_factor` after encoding and divide before decoding. logvar is
+    clipped to [-30, 20]. Apply with `method="encode"` or `method="decode"`; a plain call decodes the mean of
+    the encoding. `scan` and `attention` are the runtime fields of every network; this one has no equal blocks
+    to scan and one head too wide for fused attention, so neither changes it.
     Source: Rombach et al. 2022 (latent diffusion), appendix G.
     """
 
@@ -202,7 +197,7 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **runtime: Any) -> AutoencoderKL:
-        """Build from the `config.json` of a diffusers AutoencoderKL; unsupported settings are refused by name."""
+        """Build from a diffusers AutoencoderKL's `config.json`; unsupported settings are refused by name."""
         for key in UNSUPPORTED:
             if config.get(key) is not None:
                 raise ValueError(f"AutoencoderKL: {key}={config[key]} is not supported; it must be null")
@@ -211,9 +206,7 @@ class AutoencoderKL(nn.Module):
         if unknown:
             raise ValueError(f"AutoencoderKL: unknown config keys {', '.join(unknown)}")
         settings = {key: config.get(key, default) for key, default in CONFIG_DEFAULTS.items()}
-        settings = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-        }
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         for key, block in (
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),
@@ -225,9 +218,7 @@ class AutoencoderKL(nn.Module):
 
     def to_config(self) -> dict[str, Any]:
         """The `config.json` that diffusers loads this autoencoder from."""
-        lists = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in self.config.items()
-        }
+        lists = {key: list(value) if isinstance(value, tuple) else value for key, value in self.config.items()}
         return {"_class_name": "AutoencoderKL", **lists}
 
     @property
@@ -255,7 +246,7 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = Conv(channels, kernel_size=1, padding=0, dtype=self.dtype)
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Image [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latent Gaussian, [B, H/f, W/f, C], float32."""
+        """Image [B, H, W, 3] in [-1, 1] -> mean, log-variance of the latent [B, H/f, W/f, C], float32."""
         if image.shape[1] % self.downscale or image.shape[2] % self.downscale:
             raise ValueError(
                 f"AutoencoderKL: image {image.shape[1]}x{image.shape[2]} is no multiple of {self.downscale}"

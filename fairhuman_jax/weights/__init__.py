@@ -1,4 +1,4 @@
-"""Names and files: model folders of diffusers and transformers, LoRA files, tokenizers; reading and writing."""
+"""Names and files: model folders of diffusers and transformers, LoRA files, tokenizers."""
 
 from __future__ import annotations
 

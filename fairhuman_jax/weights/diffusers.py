@@ -38,10 +38,10 @@ def load_model(
 ) -> tuple[nn.Module, PyTree]:
     """Network and parameters of a diffusers or transformers folder.
 
-    dtype: of parameters and computation; None keeps parameters as stored and computes in float32. host: leave the
-    arrays in host memory (numpy) for callers that place them themselves. runtime: scan, remat, attention.
-    Errors, one line each: no such folder; unsupported config keys; tensors missing, unknown or of the wrong shape
-    (all of them in one error that names the file); a truncated file.
+    dtype: of parameters and computation; None keeps parameters as stored and computes in float32. host: leave
+    the arrays in host memory (numpy) for callers that place them themselves. runtime: scan, remat, attention.
+    Errors, one line each: no such folder; unsupported config keys; tensors missing, unknown or of the wrong
+    shape (all of them in one error that names the file); a truncated file.
     """
     folder = Path(path) / subfolder if subfolder else Path(path)
     config = read_config(folder)
@@ -53,9 +53,7 @@ def load_model(
     return module, params if host else jax.device_put(params)
 
 
-def save_model(
-    module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp.dtype | str | None = None
-) -> None:
+def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp.dtype | str | None = None) -> None:
     """Write a folder that diffusers or transformers loads: safetensors, then `config.json`.
 
     dtype None keeps each parameter's own. Files are replaced as a whole; a failed write leaves the old ones.
@@ -89,17 +87,11 @@ def expected_params(module: nn.Module) -> PyTree:
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a model folder. Errors: what is missing, and what the folder may be instead."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; a model folder holds config.json and *.safetensors"
-        )
+        raise FileNotFoundError(f"{folder}: no such folder; a model folder holds config.json and *.safetensors")
     if not (folder / "config.json").is_file():
         if (folder / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} is a pipeline; name one of its networks, as in subfolder='unet'"
-            )
-        raise FileNotFoundError(
-            f"{folder} has no config.json; a model folder holds config.json and *.safetensors"
-        )
+            raise FileNotFoundError(f"{folder} is a pipeline; name one of its networks, as in subfolder='unet'")
+        raise FileNotFoundError(f"{folder} has no config.json; a model folder holds config.json and *.safetensors")
     return read_json(folder / "config.json")
 
 
@@ -143,9 +135,7 @@ def weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no {STEMS[0]}.safetensors and no {STEMS[1]}.safetensors{hint}")
 
 
-def _check(
-    files: TensorFiles, stored: dict[str, str], wanted: dict[str, tuple[int, ...]], folder: Path
-) -> None:
+def _check(files: TensorFiles, stored: dict[str, str], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
     problems = []
     missing = sorted(wanted.keys() - stored.keys())
     unknown = sorted(stored.keys() - wanted.keys())

@@ -25,9 +25,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"could not write {path} ({error.strerror}); nothing was replaced"
-        ) from error
+        raise OSError(error.errno, f"could not write {path} ({error.strerror}); nothing was replaced") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -40,7 +38,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Errors: FileNotFoundError, or ValueError naming the file, when it is no such thing."""
+    """Read a JSON object. Errors, naming the file: FileNotFoundError, ValueError when it is no such thing."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -48,5 +46,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")  # noqa: TRY004
+        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value

@@ -1,8 +1,9 @@
 """The rule between our parameter trees and torch state dicts: names, transposes, stacks.
 
-The dotted path of a module is its torch name. A leaf `kernel` is the torch `weight` transposed (linear [in, out] from
-[out, in], convolution HWIO from OIHW); `scale` and `embedding` are `weight` as it is; `bias` is `bias`. Under a
-scanned module (`transformer_blocks`, `layers`) every leaf leads with a depth axis: one torch tensor a layer.
+The dotted path of a module is its torch name. A leaf `kernel` is the torch `weight` transposed (linear [in,
+out] from [out, in], convolution HWIO from OIHW); `scale` and `embedding` are `weight` as it is; `bias` is
+`bias`. Under a scanned module (`transformer_blocks`, `layers`) every leaf leads with a depth axis: one torch
+tensor a layer.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Leaf:
 
 
 def leaves(params: PyTree) -> list[Leaf]:
-    """Every leaf of a parameter tree (arrays or shapes), with its torch names and the torch shape of one tensor."""
+    """Every leaf of a tree (arrays or shapes), with its torch names and the torch shape of one tensor."""
     found = []
     for path, leaf in sorted(flatten_dict(params).items()):
         depth = leaf.shape[0] if is_stacked(path) else None
@@ -96,18 +97,15 @@ def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
 def canonical_names(network: str, names: Iterable[str]) -> dict[str, str]:
     """Our name of every tensor in a file -> its name there, for the dialects of one network class.
 
-    CLIPText: transformers 5 writes no `text_model.` prefix, version 4 does, and old files carry a `position_ids`
-    buffer. AutoencoderKL: old attention names.
+    CLIPText: transformers 5 writes no `text_model.` prefix, version 4 does, and old files carry a
+    `position_ids` buffer. AutoencoderKL: old attention names.
     """
     names = tuple(names)
     if network == "CLIPText":
         prefixed = any(name.startswith("text_model.") for name in names)
         kept = [name for name in names if not name.endswith("embeddings.position_ids")]
         bare = prefixed or not kept
-        return {
-            name if bare or name.startswith("text_projection.") else f"text_model.{name}": name
-            for name in kept
-        }
+        return {name if bare or name.startswith("text_projection.") else f"text_model.{name}": name for name in kept}
     if network == "AutoencoderKL":
         return {_current_attention_name(name): name for name in names}
     return {name: name for name in names}

@@ -1,6 +1,7 @@
 """LoRA files: `pytorch_lora_weights.safetensors` in diffusers' naming, and the other layouts they come in.
 
-Torch holds `down` as (r, in) and `up` as (out, r); ours are [in, r] and [r, out], stacked like the kernels they adapt.
+Torch holds `down` as (r, in) and `up` as (out, r); ours are [in, r] and [r, out], stacked like the kernels
+they adapt.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ from fairhuman_jax.weights.keys import is_stacked, module_names
 from fairhuman_jax.weights.safetensors_io import TensorFiles, write_tensors
 
 PyTree = Any
-Layer = tuple[
-    tuple[str, ...], int | None, tuple[int, int], int
-]  # module, place in its stack, (in, out), depth
+Layer = tuple[tuple[str, ...], int | None, tuple[int, int], int]  # module, place in its stack, (in, out), depth
 FILE_NAME = "pytorch_lora_weights.safetensors"
 COMPONENTS = {"unet": "lora", "text_encoder": "lora_linear_layer", "text_encoder_2": "lora_linear_layer"}
 KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
@@ -49,10 +48,10 @@ OLD_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.wei
 def save_lora(
     loras: Mapping[str, PyTree], folder: str | Path, *, rank: int | None = None, alpha: float | None = None
 ) -> Path:
-    """Write the LoRA trees `loras`, by component (unet, text_encoder, text_encoder_2), in float32; returns the file.
+    """Write the trees `loras` by component (unet, text_encoder, text_encoder_2), float32; returns the file.
 
-    `alpha / rank` (1 when alpha is None) is multiplied into `up`, so every reader applies the trained strength
-    without being told of it. Errors: an unknown component; alpha without rank.
+    `alpha / rank` (1 when alpha is None) is multiplied into `up`, so every reader applies the trained
+    strength without being told of it. Errors: an unknown component; alpha without rank.
     """
     if alpha is not None and rank is None:
         raise ValueError("save_lora: alpha has a meaning only with the rank it was trained at")
@@ -79,11 +78,12 @@ def save_lora(
 
 
 def load_lora(path: str | Path, target: nn.Module | PyTree, component: str = "unet") -> PyTree:
-    """The LoRA tree (float32 host arrays) for `target`, a network or its parameters, from a file or its folder.
+    """The LoRA tree (float32 host arrays) for `target`, a network or its parameters, from file or folder.
 
-    Reads diffusers' present and old naming, PEFT and kohya; alpha / rank is multiplied into `up`. A layer of a stack
-    that the file does not adapt gets zeros; ranks within a stack are padded to the largest.
-    Errors, one line each: a layout that is not read (by name), layers that `target` does not have, wrong shapes.
+    Reads diffusers' present and old naming, PEFT and kohya; alpha / rank is multiplied into `up`. A layer of
+    a stack that the file does not adapt gets zeros; ranks within a stack are padded to the largest.
+    Errors, one line each: a layout that is not read (by name), layers that `target` does not have, wrong
+    shapes.
     """
     path = Path(path)
     files = TensorFiles([path / FILE_NAME if path.is_dir() else path])
@@ -120,9 +120,7 @@ def _linear_layers(params: PyTree) -> dict[str, Layer]:
     return layers
 
 
-def _factors(
-    files: TensorFiles, component: str, dotted: Mapping[str, str]
-) -> dict[str, dict[str, np.ndarray]]:
+def _factors(files: TensorFiles, component: str, dotted: Mapping[str, str]) -> dict[str, dict[str, np.ndarray]]:
     """Module name -> {"down": (r, in), "up": (out, r)}, strength folded into `up`."""
     adapter_alpha = _adapter_alpha(files, component)
     factors: dict[str, dict[str, np.ndarray]] = {}
@@ -172,7 +170,7 @@ def _without_prefix(name: str, component: str) -> str | None:
 
 
 def _adapter_alpha(files: TensorFiles, component: str) -> float | None:
-    """`lora_alpha` from the header that newer diffusers writes, or from PEFT's adapter_config.json beside the file."""
+    """`lora_alpha` from the header newer diffusers writes, or PEFT's adapter_config.json beside the file."""
     header = json.loads(files.metadata.get("lora_adapter_metadata", "{}"))
     adapter = {key.removeprefix(f"{component}."): value for key, value in header.items()}
     beside = files.files[0].with_name("adapter_config.json")

@@ -68,7 +68,7 @@ def load_pipeline(
 
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path, dtype: jnp.dtype | str | None = None) -> None:
-    """Write a folder that diffusers' StableDiffusionPipeline (or its XL twin) loads; `model_index.json` comes last."""
+    """Write a folder that diffusers' StableDiffusionPipeline (or XL) loads; `model_index.json` comes last."""
     folder = Path(folder)
     scheduler = pipeline.schedule.to_config()
     index: dict[str, Any] = {
@@ -91,9 +91,7 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path, dtype: jnp.dtype | str
         save_tokenizer(tokenizer, folder / f"tokenizer{suffix}")
         index[name] = ["transformers", encoder.to_config()["architectures"][0]]
         index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
-    write_json(
-        folder / "scheduler" / "scheduler_config.json", {"_class_name": index["scheduler"][1], **scheduler}
-    )
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": index["scheduler"][1], **scheduler})
     write_json(folder / "model_index.json", index)
 
 

@@ -64,12 +64,10 @@ def write_tensors(
 ) -> None:
     """Write `read(name)` for every name of `shapes`, in turn; the file at `path` is replaced as a whole.
 
-    Errors: a tensor that a narrower float type cannot hold (finite before, infinite after), by name; OSError from a
-    full disk in one line, the old file kept.
+    Errors: a tensor that a narrower float type cannot hold (finite before, infinite after), by name; OSError
+    from a full disk in one line, the old file kept.
     """
-    dtypes = {
-        name: jnp.dtype(dtype[name] if isinstance(dtype, Mapping) else dtype) for name in sorted(shapes)
-    }
+    dtypes = {name: jnp.dtype(dtype[name] if isinstance(dtype, Mapping) else dtype) for name in sorted(shapes)}
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, kind in dtypes.items():

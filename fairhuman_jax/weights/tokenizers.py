@@ -32,23 +32,17 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
     folder = Path(folder)
     pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     if not pair and not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: a CLIP tokenizer folder holds vocab.json and merges.txt, or tokenizer.json"
-        )
+        raise FileNotFoundError(f"{folder}: a CLIP tokenizer folder holds vocab.json and merges.txt, or tokenizer.json")
     tokenizer = CLIPTokenizer.from_pretrained(str(folder))
     if tokenizer.model_max_length > LONGEST_PROMPT:
-        raise ValueError(
-            f"{folder}/tokenizer_config.json must state model_max_length (77 for Stable Diffusion)"
-        )
+        raise ValueError(f"{folder}/tokenizer_config.json must state model_max_length (77 for Stable Diffusion)")
     return tokenizer
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, which transformers 4 and 5 both load."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [
-        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
-    ]
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     _write(Path(folder), tokenizer.get_vocab(), merges, tokenizer.model_max_length, tokenizer.pad_token)
 
 
@@ -57,9 +51,9 @@ def build_small_clip_tokenizer(
 ) -> CLIPTokenizer:
     """Write and open a CLIP tokenizer in which every word of `captions` is one token.
 
-    Byte-level like CLIP's own, so any other text still spells out in pieces. Vocabulary: 256 bytes, the same at the
-    end of a word, one token a merge, start and end token (the largest id; also the padding).
-    Words are merged in order of frequency, so the same captions give the same files.
+    Byte-level like CLIP's own, so any other text still spells out in pieces. Vocabulary: 256 bytes, the same
+    at the end of a word, one token a merge, start and end token (the largest id; also the padding). Words are
+    merged in order of frequency, so the same captions give the same files.
     Source: byte-pair encoding, Sennrich et al. 2016, with words instead of counted pairs choosing the merges.
     """
     from transformers import CLIPTokenizer
@@ -82,10 +76,8 @@ def build_small_clip_tokenizer(
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> np.ndarray:
-    """Captions -> int32 ids [B, L] with L = model_max_length: start, words, end, padding; longer ones are cut."""
-    encoded = tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
-    )
+    """Captions -> int32 ids [B, model_max_length]: start, words, end, padding; longer ones are cut."""
+    encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
     return np.asarray(encoded["input_ids"], np.int32)
 
 

@@ -70,9 +70,9 @@ def test_lora_reaches_every_scanned_layer(params):
     lora = init_lora(jax.random.key(2), params, 2, TEXT_TARGETS)
     lora = jax.tree.map(lambda leaf: leaf + 0.1, lora)
     scanned = run(module, {"params": params, "lora": lora}, IDS)["pooled"]
-    unrolled = run(
-        CLIPText.from_config(TINY, scan=False), {"params": unstacked(params), "lora": unstacked(lora)}
-    )["pooled"]
+    unrolled = run(CLIPText.from_config(TINY, scan=False), {"params": unstacked(params), "lora": unstacked(lora)})[
+        "pooled"
+    ]
     np.testing.assert_allclose(scanned, unrolled, atol=1e-6)
     assert float(jnp.abs(scanned - run(module, {"params": params}, IDS)["pooled"]).max()) > 1e-2
 

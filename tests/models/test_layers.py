@@ -35,9 +35,7 @@ def test_layer_norm_equals_torch(dtype):
     x = jnp.asarray(100 + normal(2, 7, 12), dtype)
     params = {"scale": normal(12, seed=1), "bias": normal(12, seed=2)}
     out = LayerNorm(1e-5, jnp.dtype(dtype)).apply({"params": params}, x)
-    wide, scale, bias = (
-        torch.from_numpy(np.array(a, np.float32)) for a in (x, params["scale"], params["bias"])
-    )
+    wide, scale, bias = (torch.from_numpy(np.array(a, np.float32)) for a in (x, params["scale"], params["bias"]))
     expected = torch.nn.functional.layer_norm(wide, (12,), scale, bias, 1e-5).numpy()
     assert out.dtype == jnp.dtype(dtype)
     tolerance = 1e-5 if dtype == "float32" else 2**-8

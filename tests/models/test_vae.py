@@ -1,4 +1,4 @@
-"""AutoencoderKL: shapes, asymmetric padding, clipped log-variance, chunked attention, remat, refused configs."""
+"""AutoencoderKL: shapes, asymmetric padding, clipped log-variance, attention in turns, refused configs."""
 
 from __future__ import annotations
 

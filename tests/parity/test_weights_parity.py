@@ -50,17 +50,13 @@ def pipeline(tmp_path_factory):
     modules = {
         "unet": UNet2DCondition.from_config(UNET),
         "vae": AutoencoderKL.from_config(VAE),
-        "text_encoder": CLIPText.from_config(
-            CLIP | {"vocab_size": len(tokenizer), "eos_token_id": len(tokenizer) - 1}
-        ),
+        "text_encoder": CLIPText.from_config(CLIP | {"vocab_size": len(tokenizer), "eos_token_id": len(tokenizer) - 1}),
     }
     params = {name: random_like(expected_params(module), 0) for name, module in modules.items()}
     schedule = NoiseSchedule.from_config(
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     )
-    return Pipeline(
-        modules["unet"], modules["vae"], (modules["text_encoder"],), (tokenizer,), schedule, params
-    )
+    return Pipeline(modules["unet"], modules["vae"], (modules["text_encoder"],), (tokenizer,), schedule, params)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +78,7 @@ def unet_inputs():
 
 def torch_unet_output(unet, latents, text):
     with torch.no_grad():
-        out = unet(
-            torch.from_numpy(latents.transpose(0, 3, 1, 2)), torch.tensor([3, 500]), torch.from_numpy(text)
-        )
+        out = unet(torch.from_numpy(latents.transpose(0, 3, 1, 2)), torch.tensor([3, 500]), torch.from_numpy(text))
     return out.sample.numpy().transpose(0, 2, 3, 1)
 
 
@@ -99,9 +93,7 @@ def assert_close(ours, theirs):
 
 def test_saved_pipeline_is_the_same_in_diffusers(pipeline, torch_pipeline):
     latents, text = unet_inputs()
-    assert_close(
-        our_unet_output(pipeline, latents, text), torch_unet_output(torch_pipeline.unet, latents, text)
-    )
+    assert_close(our_unet_output(pipeline, latents, text), torch_unet_output(torch_pipeline.unet, latents, text))
     tokenizer = torch_pipeline.tokenizer
     ids = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert ids.tolist() == tokenize(pipeline.tokenizers[0], CAPTIONS).tolist()
@@ -117,9 +109,7 @@ def test_saved_pipeline_is_the_same_in_diffusers(pipeline, torch_pipeline):
 
 def test_saved_pipeline_draws_in_diffusers(torch_pipeline):
     torch_pipeline.set_progress_bar_config(disable=True)
-    image = torch_pipeline(
-        "two raised hands", num_inference_steps=2, height=8, width=8, output_type="np"
-    ).images
+    image = torch_pipeline("two raised hands", num_inference_steps=2, height=8, width=8, output_type="np").images
     assert image.shape == (1, 8, 8, 3)
     assert np.isfinite(image).all()
 
@@ -152,9 +142,7 @@ def test_lora_acts_the_same_in_diffusers(pipeline, torch_pipeline, tmp_path):
     encoded = jax.jit(pipeline.text_encoders[0].apply)(variables, ids)
     assert_close(encoded["last_hidden_state"], theirs)
 
-    torch_pipeline.save_lora_weights(
-        tmp_path / "torch", unet_lora_layers=dict(_peft_factors(torch_pipeline.unet))
-    )
+    torch_pipeline.save_lora_weights(tmp_path / "torch", unet_lora_layers=dict(_peft_factors(torch_pipeline.unet)))
     for ours_leaf, again in zip(
         jax.tree.leaves(loras["unet"]),
         jax.tree.leaves(load_lora(tmp_path / "torch", pipeline.unet)),

@@ -147,9 +147,7 @@ def test_all_wrong_tensors_are_in_one_error(clip_folder):
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit its config\.json") as error:
         load_model(clip_folder)
     message = str(error.value)
-    assert (
-        "2 missing (text_model.encoder.layers.1.mlp.fc1.weight, text_model.final_layer_norm.bias)" in message
-    )
+    assert "2 missing (text_model.encoder.layers.1.mlp.fc1.weight, text_model.final_layer_norm.bias)" in message
     assert "1 unknown (text_model.extra)" in message
     assert "text_model.encoder.layers.0.mlp.fc2.weight [8, 13] for [8, 12]" in message
     assert "\n" not in message
@@ -188,17 +186,13 @@ def test_dialects_of_one_network_load(clip_folder, tmp_path):
 
 
 def test_wrong_folders_say_what_would_be_right(clip_folder, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere: no such folder; a model folder holds config\.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; a model folder holds config\.json"):
         load_model(tmp_path / "nowhere")
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="subfolder='unet'"):
         load_model(tmp_path)
     (clip_folder / "model.safetensors").rename(clip_folder / "pytorch_model.bin")
-    with pytest.raises(
-        FileNotFoundError, match=r"pytorch_model\.bin: save it once with safe_serialization=True"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin: save it once with safe_serialization=True"):
         load_model(clip_folder)
     (clip_folder / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(ValueError, match="is for BertModel; known networks: AutoencoderKL"):
@@ -208,7 +202,5 @@ def test_wrong_folders_say_what_would_be_right(clip_folder, tmp_path):
 def test_foreign_parameters_are_not_saved(clip_folder):
     module, params = load_model(clip_folder)
     params["text_model"]["surprise"] = {"bias": jnp.zeros(2)}
-    with pytest.raises(
-        ValueError, match=r"1 parameters are not those of CLIPText: text_model\.surprise\.bias"
-    ):
+    with pytest.raises(ValueError, match=r"1 parameters are not those of CLIPText: text_model\.surprise\.bias"):
         save_model(module, params, clip_folder)

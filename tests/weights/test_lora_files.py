@@ -124,9 +124,7 @@ def test_alpha_of_every_layout_scales_up(saved):
     lora, path = saved
     tensors = rewrite(path, kohya)
     alphas = {
-        name.replace(".lora_up.weight", ".alpha"): np.ones(1, np.float32)
-        for name in tensors
-        if "lora_up" in name
+        name.replace(".lora_up.weight", ".alpha"): np.ones(1, np.float32) for name in tensors if "lora_up" in name
     }
     save_file(tensors | alphas, path)
     assert_half_strength(load_lora(path, UNET), lora)

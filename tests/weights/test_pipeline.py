@@ -36,9 +36,7 @@ CLIP = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    tokenizer = build_small_clip_tokenizer(
-        ["two hands"], tmp_path_factory.mktemp("tokenizer"), model_max_length=6
-    )
+    tokenizer = build_small_clip_tokenizer(["two hands"], tmp_path_factory.mktemp("tokenizer"), model_max_length=6)
     clip = CLIP | {
         "vocab_size": len(tokenizer),
         "eos_token_id": len(tokenizer) - 1,
@@ -51,14 +49,10 @@ def pipeline(tmp_path_factory):
     }
     rng = np.random.default_rng(0)
     params = {
-        name: jax.tree.map(
-            lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), expected_params(module)
-        )
+        name: jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), expected_params(module))
         for name, module in parts.items()
     }
-    schedule = NoiseSchedule.from_config(
-        {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
-    )
+    schedule = NoiseSchedule.from_config({"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"})
     return Pipeline(parts["unet"], parts["vae"], (parts["text_encoder"],), (tokenizer,), schedule, params)
 
 
@@ -86,9 +80,7 @@ def test_two_text_encoders_make_an_xl_folder(pipeline, tmp_path):
         first.to_config() | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 3}
     )
     rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), expected_params(second)
-    )
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), expected_params(second))
     xl = replace(
         pipeline,
         text_encoders=(first, second),
@@ -117,9 +109,7 @@ def test_autoencoder_stays_in_float32_where_float16_overflows(folder):
 
 
 def test_incomplete_folders_are_refused(folder, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere: no such folder; a pipeline folder holds model_index\.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; a pipeline folder holds model_index\.json"):
         load_pipeline(tmp_path / "nowhere")
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"scheduler_config\.json does not exist"):
