@@ -78,7 +78,7 @@ from jax._src import xla_bridge
 assert not xla_bridge._backends, "a backend was started"
 heavy = {"torch", "flax", "transformers", "orbax"} & set(sys.modules)
 assert not heavy, heavy
-import fairhuman_jax.models, fairhuman_jax.weights, fairhuman_jax.training.loop
+import fairhuman_jax.models, fairhuman_jax.weights, fairhuman_jax.data, fairhuman_jax.systems.fairhuman
 assert not xla_bridge._backends, "a backend was started"
 assert "torch" not in sys.modules, "torch was imported"
 """

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
 from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
+from fairhuman_jax.training.objectives import task_gradients
 from fairhuman_jax.weights import Pipeline, build_small_clip_tokenizer, expected_params
 
 SIZE, TOKENS, WIDTH = 16, 6, 8
@@ -160,3 +164,30 @@ def assert_trees_equal(found, expected) -> None:
         if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
             ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@functools.cache
+def tiny_gradients():
+    """(gradients, losses) of three objectives for `random_batch()` at `trained_lora`, with the key of a first step."""
+    system = fairhuman()
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    step = quick_jit(lambda tree, batch: task_gradients(system, tree, system.pipeline.params, batch, key))
+    return step(trained_lora(system), random_batch())
+
+
+def write_folder(root: Path, count: int = 12) -> Path:
+    """A FairHuman data folder of random pictures with masks, wider than high."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(count):
+        layers = {"image": rng.integers(0, 256, (SIZE, SIZE + 4, 3), dtype=np.uint8)}
+        for name in ("mask_face", "mask_hand"):
+            layers[name] = np.zeros((SIZE, SIZE + 4), np.uint8)
+            layers[name][index % 4 : index % 4 + 5, 2:9] = 255
+        names = {name: f"{name}_{index}.png" for name in layers}
+        for name, array in layers.items():
+            root.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(root / names[name])
+        lines.append(json.dumps(names | {"text_english": CAPTIONS[index % len(CAPTIONS)]}))
+    (root / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root

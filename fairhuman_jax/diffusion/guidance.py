@@ -22,8 +22,8 @@ def classifier_free(
     """Guided denoiser: u + guidance (c - u), from one call of `predict` on a batch of 2B.
 
     `predict(latents [2B, ...], timesteps [2B], condition)` gets the unconditional half first; `cond` and `uncond` are
-    pytrees of one structure with leaves [B, ...]. `guidance` is a scalar or [B], may be traced. `rescale` r mixes in the
-    result brought to the standard deviation of c: r g std(c) / std(g) + (1 - r) g (arXiv 2305.08891).
+    pytrees of one structure with leaves [B, ...]. `guidance` is a scalar or [B], may be traced. `rescale` r mixes in
+    the result brought to the standard deviation of c: r g std(c) / std(g) + (1 - r) g (arXiv 2305.08891).
     Returns `(latents [B, ...], timesteps [B]) -> fp32 [B, ...]` for `sample`.
     """
     both = jax.tree.map(lambda first, second: jnp.concatenate([first, second]), uncond, cond)

@@ -74,12 +74,8 @@ def sample(
         raise ValueError(f"sample: rule {rule.name} is stochastic; expected a key or noise")
     if noise is not None and noise.shape != (rows, *latents.shape):
         raise ValueError(f"sample: noise is {noise.shape}; expected {(rows, *latents.shape)}")
-    if schedule.prediction_type == "epsilon" and np.any(
-        schedule.alphas_cumprod[table["timestep"].astype(int)] == 0
-    ):
-        raise ValueError(
-            "sample: an epsilon prediction is undefined at zero SNR; expected v_prediction or sample"
-        )
+    if schedule.prediction_type == "epsilon" and np.any(schedule.alphas_cumprod[table["timestep"].astype(int)] == 0):
+        raise ValueError("sample: an epsilon prediction is undefined at zero SNR; expected v_prediction or sample")
     latents = latents.astype(jnp.float32) * rule.start(schedule, table)
 
     def step(carry: tuple[Array, PyTree], inputs: tuple[Row, Array | None, Array]) -> tuple[Any, None]:
@@ -129,9 +125,7 @@ def ddim(eta: float = 0.0) -> StepRule:
         history: PyTree,
         noise: Array | None,
     ) -> tuple[Array, PyTree]:
-        x0, epsilon = to_x0_epsilon(
-            schedule.prediction_type, prediction, latents, row["signal"], row["spread"]
-        )
+        x0, epsilon = to_x0_epsilon(schedule.prediction_type, prediction, latents, row["signal"], row["spread"])
         if schedule.clip_sample:
             x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
         moved = row["next_signal"] * x0 + row["next_spread"] * epsilon

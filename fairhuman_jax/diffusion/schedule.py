@@ -74,9 +74,7 @@ class NoiseSchedule:
             if getattr(self, name) not in known:
                 raise ValueError(f"schedule: {name} is {getattr(self, name)!r}; known: {', '.join(known)}")
         if self.trained_betas is None and self.beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(
-                f"schedule: beta_schedule is {self.beta_schedule!r}; known: {', '.join(BETA_SCHEDULES)}"
-            )
+            raise ValueError(f"schedule: beta_schedule is {self.beta_schedule!r}; known: {', '.join(BETA_SCHEDULES)}")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ValueError(
                 f"schedule: trained_betas has {len(self.trained_betas)} entries; expected num_train_timesteps = "

@@ -41,8 +41,8 @@ def _solve(gram: Array, active: Array, alpha: Array, priority: Array, stages: in
     norm = jnp.sqrt(jnp.where(active, jnp.diagonal(gram), 1.0))
     pair = active[:, None] & active[None, :]
     eye = jnp.eye(gram.shape[0], dtype=dtype)
-    # The diagonal is 1 by definition. The ridge, one rounding step, bounds exactly opposed gradients; a larger one would
-    # be the main error of nearly dependent ones.
+    # The diagonal is 1 by definition. The ridge, one rounding step, bounds exactly opposed gradients; a larger one
+    # would be the main error of nearly dependent ones.
     cosines = jnp.where(pair & (eye == 0), gram / (norm[:, None] * norm[None, :]), 0.0)
     cosines = cosines + (1.0 + jnp.finfo(dtype).eps) * eye
 
@@ -77,9 +77,7 @@ def _alpha_path(alpha: Array, stages: int) -> Array:
     return start * (alpha / start) ** (jnp.arange(1, stages + 1, dtype=alpha.dtype) / stages)
 
 
-def _scaled_problem(
-    cosines: Array, norm: Array, active: Array, alpha: Array, priority: Array
-) -> tuple[Array, Array]:
+def _scaled_problem(cosines: Array, norm: Array, active: Array, alpha: Array, priority: Array) -> tuple[Array, Array]:
     """M [K, K] and m^2 [K] of the scaled problem, normalised so that the largest share m_i is 1."""
     share = norm ** ((1.0 - alpha) / (1.0 + alpha)) * priority ** (1.0 / (1.0 + alpha))
     share = jnp.where(active, share, 1.0)

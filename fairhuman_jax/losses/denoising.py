@@ -15,9 +15,7 @@ def denoising_loss(prediction: Array, target: Array, weight: Array | None = None
     Raises ValueError when the shapes differ.
     """
     if prediction.shape != target.shape:
-        raise ValueError(
-            f"denoising_loss: prediction {prediction.shape} and target {target.shape} differ in shape"
-        )
+        raise ValueError(f"denoising_loss: prediction {prediction.shape} and target {target.shape} differ in shape")
     squared = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
     loss = jnp.mean(squared, axis=tuple(range(1, squared.ndim)))
     return loss if weight is None else loss * weight.astype(jnp.float32)

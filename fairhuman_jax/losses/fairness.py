@@ -77,9 +77,7 @@ def gram_matrix(task_grads: PyTree, scale: float | Array = 1.0) -> Array:
 
     # Sorted before they are summed: XLA's CPU compiler fuses a plain sum of N terms, whole, into each of its consumers,
     # which takes minutes to compile; a sort is never fused.
-    return jnp.sum(
-        jnp.sort(jnp.stack([leaf_gram(leaf) for leaf in jax.tree.leaves(task_grads)]), axis=0), axis=0
-    )
+    return jnp.sum(jnp.sort(jnp.stack([leaf_gram(leaf) for leaf in jax.tree.leaves(task_grads)]), axis=0), axis=0)
 
 
 def gradient_scale(task_grads: PyTree) -> Array:
@@ -100,9 +98,7 @@ def task_count(task_grads: PyTree) -> int:
     counts = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(counts) != 1 or None in counts:
         found = sorted(map(str, counts)) if counts else "no leaves"
-        raise ValueError(
-            f"task_grads: every leaf needs one leading task axis of the same size; found {found}"
-        )
+        raise ValueError(f"task_grads: every leaf needs one leading task axis of the same size; found {found}")
     return counts.pop()
 
 
@@ -293,6 +289,4 @@ def _read_priority(priority: Array | None, gram: Array) -> Array:
 
 def _check_alpha(alpha: float | Array) -> None:
     if not isinstance(alpha, jax.core.Tracer) and not 0.0 <= float(alpha) < float("inf"):
-        raise ValueError(
-            f"alpha is {alpha}; expected a finite number >= 0 (0 uniform, 1 proportional, 2 MPD)"
-        )
+        raise ValueError(f"alpha is {alpha}; expected a finite number >= 0 (0 uniform, 1 proportional, 2 MPD)")

@@ -37,17 +37,13 @@ def region_losses(
     Source: FairHuman (arXiv 2507.02714).
     """
     if prediction.shape != target.shape:
-        raise ValueError(
-            f"region_losses: prediction {prediction.shape} and target {target.shape} differ in shape"
-        )
+        raise ValueError(f"region_losses: prediction {prediction.shape} and target {target.shape} differ in shape")
     if normalize not in ("pixels", "area"):
         raise ValueError(f"region_losses: unknown normalize {normalize!r}; known: pixels, area")
     local_weight = weight
     if compat == "reference":
         if normalize != "pixels" or not isinstance(local_scale, (int, float)) or local_scale != 1.0:
-            raise ValueError(
-                "region_losses: compat='reference' fixes local_scale = 25 and normalize = 'pixels'"
-            )
+            raise ValueError("region_losses: compat='reference' fixes local_scale = 25 and normalize = 'pixels'")
         local_scale, local_weight = REFERENCE_LOCAL_SCALE, None
     elif compat is not None:
         raise ValueError(f"region_losses: unknown compat {compat!r}; known: reference")
@@ -56,8 +52,8 @@ def region_losses(
     def local(name: str, mask: Array | None) -> Array:
         if mask is None:
             return jnp.zeros((), jnp.float32)
-        if mask.shape != squared.shape[:-1] + (1,):
-            raise ValueError(f"region_losses: {name} is {mask.shape}; expected {squared.shape[:-1] + (1,)}")
+        if mask.shape != (*squared.shape[:-1], 1):
+            raise ValueError(f"region_losses: {name} is {mask.shape}; expected {(*squared.shape[:-1], 1)}")
         return local_scale * _weighted_mean(_masked_mean(squared, mask, normalize), local_weight)
 
     return {
@@ -71,8 +67,8 @@ def latent_mask(mask: Array, factor: int, method: str = "stride", threshold: flo
     """Mask at latent size: one cell for `factor` x `factor` pixels.
 
     "stride" reads pixel (factor i, factor j) and keeps it from half of full scale up: mask[::8, ::8] >= 128 for
-    8-bit masks, as the reference; regions narrower than `factor` can vanish. "area" keeps cells whose covered fraction is
-    at least `threshold`.
+    8-bit masks, as the reference; regions narrower than `factor` can vanish. "area" keeps cells whose covered fraction
+    is at least `threshold`.
 
     Args: `mask` [H, W], [H, W, 1] or [B, H, W, 1]; bool, {0, 1} of any dtype, or 0..255. Each mask that holds a value
     above 1 is read as 0..255.
@@ -90,9 +86,8 @@ def latent_mask(mask: Array, factor: int, method: str = "stride", threshold: flo
         return inside[every].astype(jnp.float32)
     if method != "area":
         raise ValueError(f"latent_mask: unknown method {method!r}; known: stride, area")
-    cells = (
-        mask.shape[:rows] + (height // factor, factor, width // factor, factor) + mask.shape[columns + 1 :]
-    )
+    blocks = (height // factor, factor, width // factor, factor)
+    cells = (*mask.shape[:rows], *blocks, *mask.shape[columns + 1 :])
     covered = jnp.mean(inside.astype(jnp.float32).reshape(cells), axis=(rows + 1, rows + 3))
     return (covered >= threshold).astype(jnp.float32)
 

@@ -117,8 +117,8 @@ def _apply(
 def global_norm(tree: PyTree) -> jax.Array:
     """Euclidean norm over all leaves, float32.
 
-    The leaves' squares are sorted before they are summed: XLA's CPU compiler fuses a plain sum of N scalars, whole, into
-    each of the N leaves that the norm scales, and compiling N^2 operands takes minutes; a sort is never fused.
+    The leaves' squares are sorted before they are summed: XLA's CPU compiler fuses a plain sum of N scalars, whole,
+    into each of the N leaves that the norm scales, and compiling N^2 operands takes minutes; a sort is never fused.
     """
     squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)])
     return jnp.sqrt(jnp.sum(jnp.sort(squares)))

@@ -60,7 +60,7 @@ def test_a_second_opening_draws_nothing(root, monkeypatch):
 def test_a_changed_renderer_is_another_set(monkeypatch):
     monkeypatch.setattr(cache, "_renderer_digest", lambda: "0" * 12)
     monkeypatch.setattr(cache, "_write", lambda source, folder: pytest.fail(folder.name))
-    with pytest.raises(pytest.fail.Exception, match="people-24px-seed5-10.3-000000000000"):
+    with pytest.raises(pytest.fail.Exception, match=r"people-24px-seed5-10\+3-000000000000"):
         cache.cached_people(*ARGUMENTS)
 
 
@@ -68,7 +68,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("FAIRHUMAN_CACHE", str(blocked))
-    with pytest.raises(OSError, match="people world: cannot keep 3 images in .*file .*set FAIRHUMAN_CACHE") as error:
+    with pytest.raises(OSError, match=r"people world: cannot keep 3 images in .*file .*set FAIRHUMAN_CACHE") as error:
         cache.cached_people(*ARGUMENTS)
     assert "\n" not in str(error.value)
 

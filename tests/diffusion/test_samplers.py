@@ -27,9 +27,7 @@ def point_denoiser(schedule: NoiseSchedule, point: float):
     return predict
 
 
-@pytest.mark.parametrize(
-    "rule", [ddim(), ddim(1.0), euler_ancestral()], ids=["ddim", "eta", "euler_ancestral"]
-)
+@pytest.mark.parametrize("rule", [ddim(), ddim(1.0), euler_ancestral()], ids=["ddim", "eta", "euler_ancestral"])
 def test_point_data_is_reached(rule):
     result = sample(point_denoiser(SCHEDULE, 0.7), latents(), jax.random.key(0), SCHEDULE, 8, rule)
     np.testing.assert_allclose(result, 0.7, atol=5e-3)
@@ -62,9 +60,7 @@ def test_injected_noise_replaces_the_key():
     key = jax.random.key(3)
     noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, step), (2, 4, 4, 3)) for step in range(5)])
     drawn = sample(predict, latents(), key, SCHEDULE, 5, ddim(1.0))
-    np.testing.assert_allclose(
-        sample(predict, latents(), None, SCHEDULE, 5, ddim(1.0), noise=noise), drawn, atol=1e-6
-    )
+    np.testing.assert_allclose(sample(predict, latents(), None, SCHEDULE, 5, ddim(1.0), noise=noise), drawn, atol=1e-6)
     with pytest.raises(ValueError, match="expected a key or noise"):
         sample(predict, latents(), None, SCHEDULE, 5, ddim(1.0))
     with pytest.raises(ValueError, match=r"noise is \(4,"):
@@ -105,9 +101,7 @@ def test_guidance_rescale_restores_the_conditional_spread():
         return x * condition[:, None, None, None]
 
     def run(rescale):
-        return classifier_free(predict, jnp.full(2, 2.0), jnp.ones(2), 7.5, rescale)(
-            latents(), jnp.zeros(2, jnp.int32)
-        )
+        return classifier_free(predict, jnp.full(2, 2.0), jnp.ones(2), 7.5, rescale)(latents(), jnp.zeros(2, jnp.int32))
 
     conditional = np.asarray(2 * latents())
     np.testing.assert_allclose(run(1.0), conditional, rtol=1e-5)

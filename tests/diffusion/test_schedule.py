@@ -53,9 +53,7 @@ def test_config_round_trip_keeps_every_key():
     assert {key: config[key] for key in SDXL_CONFIG if key != "_diffusers_version"} == {
         key: value for key, value in SDXL_CONFIG.items() if key != "_diffusers_version"
     }
-    assert NoiseSchedule.from_config(config) == schedule and hash(NoiseSchedule.from_config(config)) == hash(
-        schedule
-    )
+    assert NoiseSchedule.from_config(config) == schedule and hash(NoiseSchedule.from_config(config)) == hash(schedule)
 
 
 def test_absent_keys_take_the_defaults_of_the_class():

@@ -104,9 +104,7 @@ def test_gradients_whose_squares_leave_fp32(exponent, rescale):
     np.testing.assert_allclose(flat(grads) / scale**power, base, rtol=2e-5)
     assert info["finite"] and np.all(info["active"]) and np.all(np.isfinite(info["weights"]))
     if rescale == "n_tasks" and abs(exponent) <= 20:
-        np.testing.assert_allclose(
-            info["weights"] * scale ** (4 / 3), mpd_weights(gram_matrix(tree(ROWS))), rtol=1e-4
-        )
+        np.testing.assert_allclose(info["weights"] * scale ** (4 / 3), mpd_weights(gram_matrix(tree(ROWS))), rtol=1e-4)
 
 
 def test_loss_scale_is_removed_before_solving():
@@ -120,9 +118,7 @@ def test_loss_scale_is_removed_before_solving():
     np.testing.assert_allclose(removed["weights"], info["weights"], rtol=1e-6)
     np.testing.assert_allclose(removed["gram"], info["gram"], rtol=1e-6)
     np.testing.assert_allclose(flat(combine(scaled, "sum", loss_scale=scale)[0]), ROWS.sum(0), rtol=1e-6)
-    np.testing.assert_allclose(
-        combine_weighted(scaled, removed["coefficients"])["bias"], base["bias"], rtol=1e-6
-    )
+    np.testing.assert_allclose(combine_weighted(scaled, removed["coefficients"])["bias"], base["bias"], rtol=1e-6)
 
 
 def test_result_keeps_the_dtype_of_each_leaf():
@@ -174,17 +170,13 @@ def test_eight_devices_average_before_solving():
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("data")
-    mapped = jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec(), check_vma=False)
-    )
+    mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec(), check_vma=False))
     grads, sharded_info = mapped(inputs, targets)
     np.testing.assert_allclose(grads["kernel"], whole["kernel"], rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(sharded_info["weights"], info["weights"], rtol=2e-5)
     split = jax.tree.map(lambda array: array.reshape(8, 2, -1), (inputs, targets))
     replicas, _ = jax.pmap(local, axis_name="data")(*split)
-    np.testing.assert_allclose(
-        replicas["kernel"], np.broadcast_to(whole["kernel"], (8, 5, 4)), rtol=2e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(replicas["kernel"], np.broadcast_to(whole["kernel"], (8, 5, 4)), rtol=2e-5, atol=1e-6)
 
 
 def test_combination_is_differentiable():

@@ -122,11 +122,7 @@ def test_direction_error_on_ill_scaled_problems(size):
     assert np.max(np.abs(exact * products**2 - 1)) < 1e-6
     directions = np.einsum("ni,nip->np", weights, wide)
     truths = np.einsum("ni,nip->np", exact, wide)
-    cosine = (
-        np.sum(directions * truths, -1)
-        / np.linalg.norm(directions, axis=-1)
-        / np.linalg.norm(truths, axis=-1)
-    )
+    cosine = np.sum(directions * truths, -1) / np.linalg.norm(directions, axis=-1) / np.linalg.norm(truths, axis=-1)
     assert np.max(1.0 - cosine) <= 1e-5
     if size == 50:
         unit_gap = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
@@ -191,9 +187,7 @@ def test_gradient_is_the_implicit_one():
         for column in range(3):
             right = np.zeros(3)
             right[row] = weights[column]
-            np.testing.assert_allclose(
-                jacobian[:, row, column], -np.linalg.solve(system, right), rtol=1e-8, atol=1e-10
-            )
+            np.testing.assert_allclose(jacobian[:, row, column], -np.linalg.solve(system, right), rtol=1e-8, atol=1e-10)
 
 
 def test_gradients_are_finite_at_the_edges():

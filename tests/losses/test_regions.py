@@ -60,9 +60,7 @@ def test_constant_residual_scales_with_area():
     prediction, target = jnp.full((3, 8, 8, 4), 0.5), jnp.zeros((3, 8, 8, 4))
     quarter = left_half(3) * jnp.swapaxes(left_half(3), 1, 2)
     losses = jax.jit(region_losses)(prediction, target, quarter, left_half(3))
-    np.testing.assert_allclose(
-        [losses["global"], losses["face"], losses["hand"]], [0.25, 0.0625, 0.125], rtol=1e-6
-    )
+    np.testing.assert_allclose([losses["global"], losses["face"], losses["hand"]], [0.25, 0.0625, 0.125], rtol=1e-6)
     scaled = region_losses(prediction, target, quarter, left_half(3), local_scale=25.0)
     np.testing.assert_allclose([scaled["global"], scaled["face"]], [0.25, 25 * 0.0625], rtol=1e-6)
     area = region_losses(prediction, target, quarter.at[1].set(0.0), None, normalize="area")
@@ -71,9 +69,7 @@ def test_constant_residual_scales_with_area():
 
 def test_missing_mask_has_zero_loss_and_gradient():
     prediction, target = normal(0, 2, 8, 8, 4), normal(1, 2, 8, 8, 4)
-    jacobian = jax.jacrev(lambda p: region_losses(p, target, None, 0 * left_half(2), normalize="area"))(
-        prediction
-    )
+    jacobian = jax.jacrev(lambda p: region_losses(p, target, None, 0 * left_half(2), normalize="area"))(prediction)
     np.testing.assert_array_equal(jacobian["face"], 0.0)
     np.testing.assert_array_equal(jacobian["hand"], 0.0)
     assert np.abs(jacobian["global"]).max() > 0
@@ -84,19 +80,13 @@ def test_weight_reaches_all_three_but_only_global_in_reference_mode():
     weight = jnp.asarray([0.0, 1.0, 2.0, 3.0])
     masks = (left_half(4), 1 - left_half(4))
     plain = region_losses(prediction, target, *masks, weight=weight)
-    singles = [
-        region_losses(prediction[i : i + 1], target[i : i + 1], *(m[:1] for m in masks)) for i in range(4)
-    ]
+    singles = [region_losses(prediction[i : i + 1], target[i : i + 1], *(m[:1] for m in masks)) for i in range(4)]
     for name, loss in plain.items():
         np.testing.assert_allclose(loss, sum(i * singles[i][name] for i in range(4)) / 4, rtol=1e-5)
     reference = region_losses(prediction, target, *masks, weight=weight, compat="reference")
     np.testing.assert_allclose(reference["global"], plain["global"], rtol=1e-6)
-    np.testing.assert_allclose(
-        reference["face"], 25 * sum(single["face"] for single in singles) / 4, rtol=1e-5
-    )
-    halves = [
-        region_losses(prediction[i : i + 2], target[i : i + 2], *(m[:2] for m in masks)) for i in (0, 2)
-    ]
+    np.testing.assert_allclose(reference["face"], 25 * sum(single["face"] for single in singles) / 4, rtol=1e-5)
+    halves = [region_losses(prediction[i : i + 2], target[i : i + 2], *(m[:2] for m in masks)) for i in (0, 2)]
     whole = region_losses(prediction, target, *masks)
     np.testing.assert_allclose((halves[0]["hand"] + halves[1]["hand"]) / 2, whole["hand"], rtol=1e-6)
 
@@ -135,8 +125,7 @@ def test_x0_weight_is_the_sum_of_noise_and_x0_errors():
     np.testing.assert_allclose(x0_weight(cumprod), [1.000851, 3.618826, 214.587738], rtol=1e-6)
     np.testing.assert_allclose(x0_weight(cumprod, 5.0), [1.000851, 3.618826, 5.0], rtol=1e-6)
     noisy = (
-        jnp.asarray(SDXL.signal)[t][:, None, None, None] * x0
-        + jnp.asarray(SDXL.noise)[t][:, None, None, None] * noise
+        jnp.asarray(SDXL.signal)[t][:, None, None, None] * x0 + jnp.asarray(SDXL.noise)[t][:, None, None, None] * noise
     )
     both = denoising_loss(prediction, noise) + denoising_loss(to_x0(SDXL, prediction, noisy, t), x0)
     np.testing.assert_allclose(denoising_loss(prediction, noise, x0_weight(cumprod)), both, rtol=2e-4)

@@ -107,9 +107,7 @@ def test_full_ddim_loop(kind, spacing, zero, eta, clip):
         extra = {"eta": eta, "variance_noise": torch.from_numpy(noise[index])} if eta else {}
         x = theirs.step(torch_predict(x, t), t, x, **extra).prev_sample
     ours = NoiseSchedule.from_config(dict(theirs.config))
-    result = sample(
-        jax_predict, jnp.asarray(start()), None, ours, steps, ddim(eta), noise=noise if eta else None
-    )
+    result = sample(jax_predict, jnp.asarray(start()), None, ours, steps, ddim(eta), noise=noise if eta else None)
     np.testing.assert_allclose(result, x.numpy(), rtol=2e-4, atol=2e-4 * float(x.abs().max()))
 
 
@@ -117,19 +115,13 @@ def test_full_ddim_loop(kind, spacing, zero, eta, clip):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_full_euler_ancestral_loop(kind, spacing):
     steps = 9
-    settings = {
-        key: value for key, value in config().items() if key not in ("clip_sample", "set_alpha_to_one")
-    }
-    theirs = diffusers.EulerAncestralDiscreteScheduler(
-        **settings, prediction_type=kind, timestep_spacing=spacing
-    )
+    settings = {key: value for key, value in config().items() if key not in ("clip_sample", "set_alpha_to_one")}
+    theirs = diffusers.EulerAncestralDiscreteScheduler(**settings, prediction_type=kind, timestep_spacing=spacing)
     theirs.set_timesteps(steps)
     generator = torch.Generator().manual_seed(0)
     x = torch.from_numpy(start()) * theirs.init_noise_sigma
     for t in theirs.timesteps:
-        x = theirs.step(
-            torch_predict(theirs.scale_model_input(x, t), t), t, x, generator=generator
-        ).prev_sample
+        x = theirs.step(torch_predict(theirs.scale_model_input(x, t), t), t, x, generator=generator).prev_sample
     generator = torch.Generator().manual_seed(0)
     noise = torch.stack([torch.randn(x.shape, generator=generator) for _ in range(steps)]).numpy()
     ours = NoiseSchedule.from_config(dict(theirs.config, _class_name="EulerAncestralDiscreteScheduler"))

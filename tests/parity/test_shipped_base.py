@@ -28,7 +28,7 @@ def folder() -> Path:
 
 def test_same_picture_as_diffusers(folder):
     system = LatentDiffusion(open_pipeline("people"))
-    noise = np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
+    noise = np.random.default_rng(0).normal(size=(2, 16, 16, 8)).astype(np.float32)
     request = system.request(PROMPTS, [0, 1], steps=STEPS, guidance=GUIDANCE, size=(64, 64)).replace(latents=noise)
     ours = (np.asarray(system.sample_images(system.pipeline.params, request, jax.random.key(0))) + 1.0) / 2.0
 

@@ -91,14 +91,14 @@ def test_only_the_last_ones_are_kept(folder):
 
 
 def test_nothing_to_resume_is_one_clear_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from in .*; start without --resume") as error:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint to resume from in .*; start without --resume") as error:
         restored(tmp_path / "empty", make_state(0))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("change", [{"width": 4}, {"ema": False}], ids=["shape", "structure"])
 def test_another_model_is_one_clear_line(folder, change):
-    with pytest.raises(ValueError, match="12 does not fit this configuration .*; resume with the config") as error:
+    with pytest.raises(ValueError, match=r"12 does not fit this configuration .*; resume with the config") as error:
         restored(folder, make_state(0, **change))
     assert "\n" not in str(error.value)
 

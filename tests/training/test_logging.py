@@ -19,10 +19,7 @@ def test_records_are_one_json_object_a_line_and_flushed(tmp_path):
         assert text.endswith("\n")
         record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         speed = record.pop("images_per_second")
-        assert (
-            record == {"step": 0, "loss/global": 0.5, "weight": 2.0, "skipped": 1.0, "gone": None}
-            and speed > 0
-        )
+        assert record == {"step": 0, "loss/global": 0.5, "weight": 2.0, "skipped": 1.0, "gone": None} and speed > 0
         logger.text("a line of text")
         logger.log(2, {"loss/global": 0.25})
     shown = stream.getvalue()

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_models import QUICK, assert_trees_close, fairhuman, quick_jit, random_batch, tiny_pipeline, trained_lora
+from tiny_models import (
+    QUICK,
+    assert_trees_close,
+    fairhuman,
+    quick_jit,
+    random_batch,
+    tiny_gradients,
+    tiny_pipeline,
+    trained_lora,
+)
 
 from fairhuman_jax.losses import combine
 from fairhuman_jax.training.objectives import accumulated_task_gradients, task_gradients
@@ -26,11 +35,9 @@ def system():
 
 
 @pytest.fixture(scope="module")
-def gradients(system):
+def gradients():
     """`task_gradients` of one batch of eight."""
-    frozen = system.pipeline.params
-    step = quick_jit(lambda tree, batch: task_gradients(system, tree, frozen, batch, KEY))
-    return step(trained_lora(system), random_batch())
+    return tiny_gradients()
 
 
 def unstacked(tree, axis=0):
