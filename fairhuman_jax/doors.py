@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def train_door(arguments: Sequence[str] | None = None) -> None:
             print(describe(config))
             return
         _keep_compiled_programs()
+        _make_every_core_a_device(config.train.batch_size // config.train.accumulate)
         result = train(config, resume=options.resume)
     except USER_ERRORS as error:
         _refuse(parser, error, options.debug)
@@ -136,8 +138,7 @@ def _sample(options: argparse.Namespace) -> list[Path]:
             images = np.asarray(draw(pipeline.params, request, jax.random.key(0), lora))[: len(group)]
             pictures.extend(images)
             written += [
-                _write(options, size, prompt, seed, image)
-                for (prompt, seed), image in zip(group, images, strict=True)
+                _write(options, size, prompt, seed, image) for (prompt, seed), image in zip(group, images, strict=True)
             ]
             bar.update(len(group))
     if len(jobs) > 1:
@@ -221,6 +222,18 @@ def _is_number(text: str) -> bool:
 def _keep_compiled_programs() -> None:
     """A second start finds its compiled programs in the user's cache folder."""
     jax.config.update("jax_compilation_cache_dir", str(Path(user_cache_dir("fairhuman_jax")) / "xla"))
+
+
+def _make_every_core_a_device(batch_size: int) -> None:
+    """On a CPU, as many data-parallel devices as cores that divide the batch; other platforms are not touched.
+
+    One CPU device runs most backward convolutions on one thread; two devices on two cores train 1.2 to 1.8 times as
+    fast. An XLA_FLAGS that sets the number of devices is obeyed.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = os.cpu_count() or 1
+        devices = max(n for n in range(1, cores + 1) if batch_size % n == 0 or n == 1)
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:

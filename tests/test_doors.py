@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from PIL import Image
 from fairhuman_jax.doors import sample_door, train_door
 from fairhuman_jax.weights import save_lora, save_pipeline
 
-CONFIG = '''
+CONFIG = """
 from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
@@ -26,7 +29,7 @@ def config():
         train=TrainConfig(steps=2, batch_size=8, checkpoint_every=1),
         preview=PreviewConfig(prompts=("a person waves",), steps=2),
     )
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,9 @@ def test_training_refuses_in_one_line(config, capsys, arguments, expected):
 
 def test_samples_carry_their_recipe_and_depend_on_seed_alone(base, tmp_path):
     options = ["--base", str(base), "--steps", "2", "--size", "16"]
-    sample_door(["a person waves", "two hands", "--number", "2", "--seed", "5", *options, "--output", str(tmp_path / "a")])
+    sample_door(
+        ["a person waves", "two hands", "--number", "2", "--seed", "5", *options, "--output", str(tmp_path / "a")]
+    )
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["a-person-waves-5.png", "a-person-waves-6.png", "sheet.png", "two-hands-5.png", "two-hands-6.png"]
     picture = Image.open(tmp_path / "a/two-hands-6.png")
@@ -146,3 +151,17 @@ def test_a_prompt_too_long_is_cut_with_a_word(base, tmp_path, capsys):
     options = ["--base", str(base), "--steps", "1", "--size", "16", "--output", str(tmp_path)]
     sample_door(["a person waves two hands a face a person smiles", *options])
     assert "prompt 1 is 6 tokens too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "batch", "expected"), [("", 6, 6), ("--xla_force_host_platform_device_count=5", 6, 5)]
+)
+def test_every_core_becomes_a_device(flags, batch, expected):
+    code = (
+        "import jax, os; os.cpu_count = lambda: 7\n"
+        "from fairhuman_jax.doors import _make_every_core_a_device as make\n"
+        f"make({batch}); print(len(jax.devices()))"
+    )
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) == expected
