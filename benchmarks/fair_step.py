@@ -153,7 +153,8 @@ def main() -> None:
     options = parser.parse_args()
 
     kinds = {"plain": PlainLora, "fair": FairHuman}
-    print(f"{options.model}, batch {options.batch}, rank {options.rank}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    device = jax.devices()[0].device_kind
+    print(f"{options.model}, batch {options.batch}, rank {options.rank}, {device}, jax {jax.__version__}\n")
     print("| remat | program | plain, GFLOP | fair, GFLOP | fair / plain |\n| --- | --- | --- | --- | --- |")
     compiled: dict[tuple[str, str], tuple] = {}
     for remat in REMATS:

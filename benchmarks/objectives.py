@@ -7,13 +7,16 @@
 Every run starts from the same base on the same pictures. The seed gives the LoRA's start, the order of the pictures,
 times and noise of the training steps, and the noise of the held-out question; the three rules of one seed share all of
 these. Means are over seeds, with the sample standard deviation. Runs that lie finished in --output, with the same
-settings, are not done again.
+settings, are not done again; unfinished ones are removed and done anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,6 +41,7 @@ def run(method: str, seed: int, steps: int | None, changes: Sequence[str], outpu
     done = folder / "result.json"
     if done.is_file() and (found := json.loads(done.read_text()))["settings"] == settings:
         return found
+    shutil.rmtree(folder, ignore_errors=True)
     result = train(load_config(CONFIG, settings))
     found = {"settings": settings, "before": result.before, "after": result.after, "weights": result.weights}
     done.write_text(json.dumps(found))
@@ -52,13 +56,14 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def rows(results: dict[str, list[dict]]) -> list[str]:
     """One line of the table for each rule and objective."""
-    lines = ["| rule | held-out loss | before | after | change, % | mean weight |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| rule | held-out loss | before | after | change, % | mean weight |", f"|{' --- |' * 6}"]
     for method, runs in results.items():
         for name in runs[0]["before"]:
             before, after = ([each[when][name] for each in runs] for when in ("before", "after"))
             change = [100 * (last / first - 1) for first, last in zip(before, after, strict=True)]
             weights = [each["weights"][name] for each in runs]
-            cells = (method, name, spread(before, ".5f"), spread(after, ".5f"), spread(change, "+.2f"), spread(weights, ".3f"))
+            columns = ((before, ".5f"), (after, ".5f"), (change, "+.2f"), (weights, ".3f"))
+            cells = [method, name, *(spread(values, form) for values, form in columns)]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -66,12 +71,14 @@ def rows(results: dict[str, list[dict]]) -> list[str]:
 def main() -> None:
     """Parse the command line, train, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=None, help="optimiser steps; those of the configuration if left out")
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the configuration's)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in train.py, for all runs")
     parser.add_argument("--output", type=Path, default=Path("runs/objectives"))
     options = parser.parse_args()
-    jax.config.update("jax_compilation_cache_dir", str(options.output / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str((options.output / "xla").absolute()))
+    batch_size = load_config(CONFIG, options.set).train.batch_size
+    jax.config.update("jax_num_cpu_devices", math.gcd(batch_size, os.cpu_count() or 1))
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     for seed in range(options.seeds):
         for method in METHODS:

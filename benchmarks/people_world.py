@@ -72,9 +72,7 @@ def content(count: int, size: int = 64) -> None:
 
 def main() -> None:
     """Parse the command line and run one of the two."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60, help="pictures per size")
     parser.add_argument("--content", type=int, default=0, help="describe this many pictures instead")
     arguments = parser.parse_args()

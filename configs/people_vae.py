@@ -31,5 +31,7 @@ def config() -> RunConfig:
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3, schedule="cosine", warmup_steps=50, final_fraction=0.02, weight_decay=0.0
         ),
-        train=TrainConfig(steps=1_500, batch_size=8, ema_decay=0.995, log_every=20, checkpoint_every=250, preview_every=250),
+        train=TrainConfig(
+            steps=1_500, batch_size=8, ema_decay=0.995, log_every=20, checkpoint_every=250, preview_every=250
+        ),
     )

@@ -50,9 +50,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
     else:
         raise ConfigError(f"{path}: defines neither config() nor CONFIG")
     if not _is_config(config):
-        raise ConfigError(
-            f"{path}: the configuration must be a dataclass instance, found {type(config).__name__}"
-        )
+        raise ConfigError(f"{path}: the configuration must be a dataclass instance, found {type(config).__name__}")
     return apply_overrides(config, overrides)
 
 
@@ -61,9 +59,7 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key.strip():
-            raise ConfigError(
-                f"--set {text}: write it as key=value, for instance optimizer.learning_rate=1e-4"
-            )
+            raise ConfigError(f"--set {text}: write it as key=value, for instance optimizer.learning_rate=1e-4")
         config = _replace(config, key.strip().split("."), value.strip(), key.strip())
     return config
 
@@ -224,9 +220,7 @@ def _encode(value: Any, where: str) -> Any:
         return {str(key): _encode(item, f"{where}.{key}") for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ConfigError(
-        f"{where}: a {type(value).__name__} cannot be stored; use numbers, text, tuples and dataclasses"
-    )
+    raise ConfigError(f"{where}: a {type(value).__name__} cannot be stored; use numbers, text, tuples and dataclasses")
 
 
 def _decode(value: Any, hint: Any, where: str) -> Any:
@@ -255,11 +249,7 @@ def _decode(value: Any, hint: Any, where: str) -> Any:
         return Path(value)
     elif isinstance(hint, type) and issubclass(hint, enum.Enum) and value in hint.__members__:
         return hint[value]
-    elif (
-        hint is Any
-        or (hint is float and type(value) is int)
-        or (hint in (bool, int, str) and type(value) is hint)
-    ):
+    elif hint is Any or (hint is float and type(value) is int) or (hint in (bool, int, str) and type(value) is hint):
         return float(value) if hint is float else value
     elif hint in (float, type(None)) and type(value) is hint:
         return value
@@ -269,17 +259,13 @@ def _decode(value: Any, hint: Any, where: str) -> Any:
 def _decode_config(value: Mapping[str, Any], hint: Any, where: str) -> Any:
     classes = {cls.__name__: cls for cls in _classes(hint)}
     if value[_TYPE] not in classes:
-        raise ConfigError(
-            f"{where}: unknown class {value[_TYPE]!r}; known here: {', '.join(classes) or 'none'}"
-        )
+        raise ConfigError(f"{where}: unknown class {value[_TYPE]!r}; known here: {', '.join(classes) or 'none'}")
     cls = classes[value[_TYPE]]
     hints = _hints(cls)
     for name in value:
         if name != _TYPE and name not in hints:
             raise ConfigError(f"{where}: {_unknown(name, cls)}")
-    fields = {
-        name: _decode(item, hints[name], f"{where}.{name}") for name, item in value.items() if name != _TYPE
-    }
+    fields = {name: _decode(item, hints[name], f"{where}.{name}") for name, item in value.items() if name != _TYPE}
     return cls(**fields)
 
 
@@ -334,8 +320,4 @@ def _name(hint: Any) -> str:
         return "true or false"
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return f"its fields set one by one (a {hint.__name__})"
-    return (
-        hint.__name__
-        if isinstance(hint, type) and not typing.get_args(hint)
-        else str(hint).replace("typing.", "")
-    )
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

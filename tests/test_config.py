@@ -161,11 +161,7 @@ def test_round_trip_keeps_classes():
 def test_describe_lists_every_key_as_set_takes_it():
     text = describe(Config())
     lines = {line.split(" = ")[0].strip(): line.split(" = ")[1] for line in text.splitlines()[1:]}
-    assert (
-        lines["optimizer.betas"] == "(0.9, 0.999)"
-        and lines["source"] == "People"
-        and lines["name"] == "'run'"
-    )
+    assert lines["optimizer.betas"] == "(0.9, 0.999)" and lines["source"] == "People" and lines["name"] == "'run'"
     assert len({line.index(" = ") for line in text.splitlines()[1:]}) == 1
 
 

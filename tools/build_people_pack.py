@@ -229,9 +229,7 @@ def hat_weights(value: np.ndarray, anchors: int) -> np.ndarray:
 
 def phenotype_basis(rng, mask, targets, count, rank):
     """Principal components of drawn phenotypes: basis [r,n,3], projection [192,r], offset [r], mean [n,3]."""
-    scalars = {
-        k: np.clip(rng.normal(0.5, 0.22, count), 0, 1) for k in ("muscle", "weight", "height", "proportions")
-    }
+    scalars = {k: np.clip(rng.normal(0.5, 0.22, count), 0, 1) for k in ("muscle", "weight", "height", "proportions")}
     scalars |= {k: rng.uniform(size=count) for k in ("gender", "age")}
     factors = [
         rng.dirichlet([0.5] * 3, count) if k == "ancestry" else hat_weights(scalars[k], len(FACTORS[k]))
@@ -303,9 +301,7 @@ def build(archive: zipfile.ZipFile, budget: str) -> dict[str, np.ndarray]:
     rank = RANKS[budget]
     basis, projection, offset, mean = phenotype_basis(np.random.default_rng(0), mask, stacked, 600, rank)
     n = len(keep)
-    face = face_basis(
-        np.random.default_rng(1), archive, lambda t: np.concatenate([t[keep], regressor @ t]), FACE_RANK
-    )
+    face = face_basis(np.random.default_rng(1), archive, lambda t: np.concatenate([t[keep], regressor @ t]), FACE_RANK)
     units = {
         k: sum(read_target(archive, f"{ROOT}faceunits01/targets/faceunits/{u}.target") for u in names)[keep]
         for k, names in EXPRESSIONS.items()

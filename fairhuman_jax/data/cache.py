@@ -35,9 +35,7 @@ class CachedSource:
         self.folder = folder
         self.captions: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
         self._images = np.load(folder / "image.npy", mmap_mode="r")
-        self._masks = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("face_mask", "hand_mask")
-        }
+        self._masks = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("face_mask", "hand_mask")}
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -98,9 +96,7 @@ def _write(source: Source, folder: Path) -> None:
             ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
             tqdm(total=len(source), desc="rendering people", unit="image", smoothing=0.1) as bar,
         ):
-            for span, (chunk, texts) in zip(
-                spans, pool.map(_render, [source] * len(spans), spans), strict=True
-            ):
+            for span, (chunk, texts) in zip(spans, pool.map(_render, [source] * len(spans), spans), strict=True):
                 for name, array in arrays.items():
                     array[span.start : span.stop] = chunk[name]
                 captions += texts

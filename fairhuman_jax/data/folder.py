@@ -111,18 +111,14 @@ class FolderDataset:
             "condition_column": condition_column,
         }
         if not self.metadata.is_file():
-            raise FileNotFoundError(
-                f"{self.metadata}: not found; a data folder holds one JSON object a line there"
-            )
+            raise FileNotFoundError(f"{self.metadata}: not found; a data folder holds one JSON object a line there")
         self._open_report()
         records = list(self._read_lines())
         keys = sorted({key for _, record in records for key in record})
         self._check_columns(keys, optional)
         self._columns = {
             name: column
-            for name, column in zip(
-                ("face_mask", "hand_mask", "conditioning_image"), optional.values(), strict=True
-            )
+            for name, column in zip(("face_mask", "hand_mask", "conditioning_image"), optional.values(), strict=True)
             if column in keys
         }
         self._lines = [(line, record) for line, record in records if self._complete(line, record)]
@@ -149,9 +145,7 @@ class FolderDataset:
         raise BadSample(f"{self.metadata}: none of its {len(self)} samples can be read")
 
     def __repr__(self) -> str:
-        return (
-            f"FolderDataset({str(self.root)!r}, samples={len(self)}, bad={self.bad}, missing={self.missing})"
-        )
+        return f"FolderDataset({str(self.root)!r}, samples={len(self)}, bad={self.bad}, missing={self.missing})"
 
     # -- metadata --------------------------------------------------------------------------------------------
 
@@ -178,9 +172,7 @@ class FolderDataset:
             if column not in keys and column != _OPTIONAL_DEFAULTS[name]
         }
         for name, column in wrong.items():
-            raise ValueError(
-                f"{self.metadata}: no key {column!r} ({name}); keys found: {', '.join(keys) or 'none'}"
-            )
+            raise ValueError(f"{self.metadata}: no key {column!r} ({name}); keys found: {', '.join(keys) or 'none'}")
 
     def _complete(self, line: int, record: dict[str, Any]) -> bool:
         """Whether a line has what a sample needs; reports it otherwise."""

@@ -98,9 +98,7 @@ def _stack(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             different = ", ".join(sorted(other.keys() ^ first.keys()))
             raise ValueError(f"samples of one batch differ in keys: {different}; give all of them or none")
     return {
-        name: _stack([part[name] for part in parts])
-        if isinstance(value, dict)
-        else np.stack([p[name] for p in parts])
+        name: _stack([part[name] for part in parts]) if isinstance(value, dict) else np.stack([p[name] for p in parts])
         for name, value in first.items()
     }
 
@@ -113,9 +111,7 @@ class BatchIterator:
     a context manager.
     """
 
-    def __init__(
-        self, samples: grain.MapDataset, collate: _Collate, workers: int, prefetch: int, order: dict
-    ) -> None:
+    def __init__(self, samples: grain.MapDataset, collate: _Collate, workers: int, prefetch: int, order: dict) -> None:
         self._samples, self._collate = samples, collate
         self._workers, self._prefetch, self._order = workers, prefetch, order
         self._step = 0
@@ -139,9 +135,7 @@ class BatchIterator:
             grain.ReadOptions(num_threads=self._prefetch, prefetch_buffer_size=self._prefetch)
         )
         if self._workers:
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # grain's workers read absl flags, which only absl.app would have parsed
+            if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only absl.app would have parsed
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=self._prefetch)
@@ -156,9 +150,7 @@ class BatchIterator:
         """Continue where `state` was taken. Raises ValueError when the data order is not the same one."""
         for name, value in self._order.items():
             if name != "shards" and state.get(name) != value:
-                raise ValueError(
-                    f"data order differs: {name} is {value} here and {state.get(name)} in the saved state"
-                )
+                raise ValueError(f"data order differs: {name} is {value} here and {state.get(name)} in the saved state")
         self.close()
         self._step = int(state["step"])
 

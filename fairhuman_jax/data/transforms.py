@@ -123,9 +123,7 @@ class JointTransform:
         if self.crop not in ("center", "random"):
             raise ValueError(f"crop = {self.crop!r}: use 'center' or 'random'")
         if self.resolution < 1 or not 0.0 <= self.flip <= 1.0:
-            raise ValueError(
-                f"resolution = {self.resolution} must be >= 1 and flip = {self.flip} within 0 ... 1"
-            )
+            raise ValueError(f"resolution = {self.resolution} must be >= 1 and flip = {self.flip} within 0 ... 1")
         for name in self.keypoints:
             if name not in MIRROR:
                 raise ValueError(f"keypoints: unknown set {name!r}; use {', '.join(MIRROR)}")

@@ -139,9 +139,7 @@ class ConditionalEncoder(nn.Module):
         """Refuses, by name, fields that contradict each other or ask for what does not exist."""
         name, blocks = self.CLASS_NAME, len(self.down_block_types)
         if len(self.block_out_channels) != blocks:
-            raise ValueError(
-                f"{name}: {blocks} down_block_types but {len(self.block_out_channels)} block_out_channels"
-            )
+            raise ValueError(f"{name}: {blocks} down_block_types but {len(self.block_out_channels)} block_out_channels")
         if self.mid_block_type not in (None, *MID_BLOCKS):
             raise ValueError(f"{name}: mid_block_type {self.mid_block_type!r} is not supported")
         if self.addition_embed_type not in (None, "text_time"):
@@ -158,9 +156,7 @@ class ConditionalEncoder(nn.Module):
                 f"{name}: cross_attention_dim={self.cross_attention_dim!r} must be the same for all blocks"
             )
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"{name}: unknown remat policy {self.remat!r}; known: {', '.join(REMAT_POLICIES)}"
-            )
+            raise ValueError(f"{name}: unknown remat policy {self.remat!r}; known: {', '.join(REMAT_POLICIES)}")
         activation(self.act_fn)
         self.down_specs()
 
@@ -214,9 +210,7 @@ class ConditionalEncoder(nn.Module):
             found = "none" if text is None else f"shape {text.shape}"
             raise ValueError(f"{self.CLASS_NAME}: needs text [B, L, {width}], got {found}")
 
-    def embed_time(
-        self, timesteps: jax.Array, batch: int, added_cond: dict[str, jax.Array] | None = None
-    ) -> jax.Array:
+    def embed_time(self, timesteps: jax.Array, batch: int, added_cond: dict[str, jax.Array] | None = None) -> jax.Array:
         """Time embedding [B, 4 C] in float32, plus that of `added_cond` in text_time networks.
 
         Call it from a compact method: it creates `time_embedding` and `add_embedding` there. `timesteps` is [B] or a

@@ -95,6 +95,4 @@ class UNet2DCondition(ConditionalEncoder):
                 f"{self.CLASS_NAME}: down_residuals must be {len(skips)} arrays, one a skip, got {len(residuals)} "
                 "(T2I-Adapter features go to adapter_features)"
             )
-        return tuple(
-            skip + residual.astype(skip.dtype) for skip, residual in zip(skips, residuals, strict=True)
-        )
+        return tuple(skip + residual.astype(skip.dtype) for skip, residual in zip(skips, residuals, strict=True))

@@ -86,9 +86,7 @@ class Autoencoder:
         images = held_out["image"][:16]
         return jnp.asarray(images), [""] * len(images)
 
-    def export(
-        self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]
-    ) -> Path:
+    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes a diffusers AutoencoderKL folder in float16 and returns it.
 
         Its `scaling_factor` is one over the standard deviation of the latents of `held_out`.

@@ -17,9 +17,9 @@ import numpy as np
 from fairhuman_jax.diffusion import snr
 from fairhuman_jax.losses import latent_mask, min_snr_weight, region_losses
 from fairhuman_jax.models import init_lora, scale_lora
+from fairhuman_jax.systems.contract import Batch
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
 from fairhuman_jax.systems.pipelines import open_pipeline
-from fairhuman_jax.systems.contract import Batch
 from fairhuman_jax.weights import save_lora
 
 PyTree = Any
@@ -111,9 +111,7 @@ class FairHuman(LatentDiffusion):
         """Images [N, H, W, 3] in [-1, 1] of the base with its LoRA."""
         return self.sample_images(frozen, request, key, self.lora(trainable))
 
-    def export(
-        self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]
-    ) -> Path:
+    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes `pytorch_lora_weights.safetensors` in diffusers' naming and returns its path."""
         config = self.config
         return save_lora(trainable, folder, rank=config.rank, alpha=config.alpha)

@@ -55,8 +55,7 @@ class LatentDiffusion:
     def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """Captions -> {"input_ids": int32 [B, L]}, with input_ids_2 for a second text encoder."""
         return {
-            _ids_name(i): tokenize(tokenizer, list(captions))
-            for i, tokenizer in enumerate(self.pipeline.tokenizers)
+            _ids_name(i): tokenize(tokenizer, list(captions)) for i, tokenizer in enumerate(self.pipeline.tokenizers)
         }
 
     def encode_text(
@@ -108,9 +107,9 @@ class LatentDiffusion:
         """The network's output for noisy latents [B, h, w, c] at timesteps [B]."""
         hidden, pooled = text
         added = {"text_embeds": pooled, "time_ids": time_ids} if self.micro_conditioned else None
-        return self.pipeline.unet.apply(
-            _variables(params, lora, "unet"), latents, timesteps, hidden, added
-        ).astype(jnp.float32)
+        return self.pipeline.unet.apply(_variables(params, lora, "unet"), latents, timesteps, hidden, added).astype(
+            jnp.float32
+        )
 
     def noisy_prediction(
         self,
@@ -147,7 +146,7 @@ class LatentDiffusion:
     def sample_images(
         self, params: Params, request: SampleRequest, key: jax.Array, lora: Params | None = None
     ) -> jax.Array:
-        """DDIM with classifier-free guidance -> images [N, H, W, 3] in [-1, 1]; each image depends on its seed alone."""
+        """DDIM with classifier-free guidance -> images [N, H, W, 3] in [-1, 1]; each depends on its own seed alone."""
         count = request.seeds.shape[0]
         factor = self.pipeline.vae.downscale
         latents = request.latents
@@ -200,9 +199,7 @@ class LatentDiffusion:
         else:
             height, width = (side * self.pipeline.vae.downscale for side in held_out["latent_mean"].shape[1:3])
         size = (height, width)
-        request = self.request(
-            config.prompts, seeds, steps=config.steps, guidance=config.guidance, size=size
-        )
+        request = self.request(config.prompts, seeds, steps=config.steps, guidance=config.guidance, size=size)
         return request, list(config.prompts)
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from fairhuman_jax.diffusion import NoiseSchedule, snr
 from fairhuman_jax.losses import denoising_loss, min_snr_weight
 from fairhuman_jax.models import CLIPText, UNet2DCondition
-from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
 from fairhuman_jax.systems.contract import Batch
+from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
 from fairhuman_jax.weights import Pipeline, load_model, load_tokenizer, save_pipeline
 
 PyTree = Any
@@ -91,10 +91,7 @@ class TextToImage(LatentDiffusion):
         """Images [N, H, W, 3] in [-1, 1]."""
         return self.sample_images(frozen | trainable, request, key)
 
-    def export(
-        self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]
-    ) -> Path:
+    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes the whole pipeline as a diffusers folder in float16 and returns it."""
-        params = {name: tree for name, tree in (frozen | trainable).items()}
-        save_pipeline(replace(self.pipeline, params=params), folder, dtype="float16")
+        save_pipeline(replace(self.pipeline, params=frozen | trainable), folder, dtype="float16")
         return folder

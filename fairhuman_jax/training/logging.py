@@ -79,11 +79,7 @@ class RunLogger:
         self._show(step, values)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        names = (
-            list(values)[:6]
-            if self._bar_keys is None
-            else [name for name in self._bar_keys if name in values]
-        )
+        names = list(values)[:6] if self._bar_keys is None else [name for name in self._bar_keys if name in values]
         if "images_per_second" in values and "images_per_second" not in names:
             names.append("images_per_second")
         shown = (f"{name.replace('images_per_second', 'img/s')} {values[name]:.4g}" for name in names)
@@ -163,19 +159,14 @@ def _step_of(line: str) -> float:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, (bool, int, float, np.number)):
         return float(value)
-    raise TypeError(
-        f"{name}: needs a Python number, found {type(value).__name__}; fetch it from the device first"
-    )
+    raise TypeError(f"{name}: needs a Python number, found {type(value).__name__}; fetch it from the device first")
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
     """Aligned text table: header, rule, one line a dict; numbers to the right, missing values as "-"."""
     names = list(columns or dict.fromkeys(name for row in rows for name in row))
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [
-        max(len(name), *(len(line[i]) for line in cells)) if cells else len(name)
-        for i, name in enumerate(names)
-    ]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) if cells else len(name) for i, name in enumerate(names)]
     right = [
         any(name in row for row in rows)
         and all(isinstance(row.get(name, 0.0), (int, float, np.number, type(None))) for row in rows)
@@ -186,9 +177,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
         padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
         return "  ".join(padded).rstrip()
 
-    return "\n".join(
-        [line(names), "  ".join("-" * width for width in widths), *(line(cell) for cell in cells)]
-    )
+    return "\n".join([line(names), "  ".join("-" * width for width in widths), *(line(cell) for cell in cells)])
 
 
 def _cell(value: Any) -> str:

@@ -60,12 +60,8 @@ def accumulated_task_gradients(
         raise ValueError(f"a batch of {size} per device does not divide into {accumulate} micro-batches")
     micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, size // accumulate, *x.shape[1:]), batch)
 
-    names: list[str] = []  # in the system's order, which a dict loses on its way through a transformation
-
-    def gradients_of(micro_batch: Batch) -> tuple[PyTree, dict[str, jax.Array]]:
-        gradients, losses = task_gradients(system, trainable, frozen, micro_batch, key)
-        names[:] = losses
-        return gradients, losses
+    def gradients_of(micro_batch: Batch) -> tuple[PyTree, OrderedDict[str, jax.Array]]:
+        return task_gradients(system, trainable, frozen, micro_batch, key)
 
     def body(total: PyTree, micro_batch: Batch) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, gradients_of(micro_batch)), None
@@ -73,8 +69,7 @@ def accumulated_task_gradients(
     shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], micro_batches))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(body, zeros, micro_batches)
-    gradients, losses = jax.tree.map(lambda x: x / accumulate, total)
-    return gradients, {name: losses[name] for name in names}
+    return jax.tree.map(lambda x: x / accumulate, total)
 
 
 def objective_names(system: System, trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[str, ...]:

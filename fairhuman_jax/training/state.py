@@ -80,9 +80,7 @@ def _decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
     return leaf.ndim > 1 and getattr(path[-1], "key", None) not in ("bias", "scale")
 
 
-def init_state(
-    trainable: PyTree, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
-) -> TrainState:
+def init_state(trainable: PyTree, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool) -> TrainState:
     """Step 0. The moving average, where asked for, starts as a copy of the trainables."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -88,21 +88,13 @@ def test_people_export_through_the_command_line(tmp_path):
 
 
 def test_overlay_tints_regions_only():
-    batch = {
-        name: np.stack([Drawn(True)[i][name] for i in range(3)])
-        for name in Drawn(True)[0]
-        if name != "caption"
-    }
+    batch = {name: np.stack([Drawn(True)[i][name] for i in range(3)]) for name in Drawn(True)[0] if name != "caption"}
     image, mask = batch["image"][0], batch["face_mask"][0]
     tinted = tint(image, mask, (255, 0, 0))
     np.testing.assert_array_equal(tinted[mask[..., 0] == 0], image[mask[..., 0] == 0])
     inside = image[mask[..., 0] == 1].astype(float)
-    np.testing.assert_allclose(
-        tinted[mask[..., 0] == 1], 0.55 * inside + 0.45 * np.array([255, 0, 0]), atol=0.51
-    )
-    sheet = overlay(
-        batch, ["short", "a much longer caption that has to be wrapped over several lines", ""], columns=2
-    )
+    np.testing.assert_allclose(tinted[mask[..., 0] == 1], 0.55 * inside + 0.45 * np.array([255, 0, 0]), atol=0.51)
+    sheet = overlay(batch, ["short", "a much longer caption that has to be wrapped over several lines", ""], columns=2)
     width = 128 * 48 // 18
     assert sheet.width == 2 * width and sheet.height % 2 == 0 and sheet.height // 2 > 128
     assert overlay({"image": batch["image"]}).height == 128 + 4

@@ -38,8 +38,7 @@ def take(iterator, count: int) -> list[dict]:
 
 def same(first: list[dict], second: list[dict]) -> bool:
     return all(
-        a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
-        for a, b in zip(first, second, strict=True)
+        a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a) for a, b in zip(first, second, strict=True)
     )
 
 

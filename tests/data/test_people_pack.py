@@ -59,9 +59,7 @@ def test_pack_shapes(pack):
 
 
 def test_left_is_plus_x_and_faces_are_outward(pack):
-    assert (
-        pack.verts[pack.part_vertices(HAND_L), 0].min() > 0 > pack.verts[pack.part_vertices(HAND_R), 0].max()
-    )
+    assert pack.verts[pack.part_vertices(HAND_L), 0].min() > 0 > pack.verts[pack.part_vertices(HAND_R), 0].max()
     assert pack.canon[pack.mark["nose"], 1] < pack.joints[pack.bone["head"], 1]
     a, b, c = (pack.verts[pack.faces[pack.face_part == HAND_L, i]] for i in range(3))
     volume = np.einsum("ij,ij->i", a - a.mean(0), np.cross(b - a.mean(0), c - a.mean(0))).sum() / 6
@@ -87,9 +85,7 @@ def test_shape_of_the_mean_weights_is_the_mean_adult(pack):
 @pytest.mark.parametrize(("factor", "axis"), [("height", 2), ("weight", 1)])
 def test_phenotype_grows_the_right_way(pack, factor, axis):
     vertices = torso_vertices(pack)
-    small, large = (
-        np.ptp(shape_body(pack, PLAIN | {factor: x}).vertices[vertices, axis]) for x in (0.2, 0.8)
-    )
+    small, large = (np.ptp(shape_body(pack, PLAIN | {factor: x}).vertices[vertices, axis]) for x in (0.2, 0.8))
     assert large > 1.03 * small
 
 

@@ -39,9 +39,7 @@ def identity_pose():
 def test_identity_rotations_return_the_shaped_person(pack):
     shaped = shaped_of(pack, SPECS[0])
     rotations, heads = forward_kinematics(pack, shaped.joints, identity_pose())
-    np.testing.assert_allclose(
-        skin(pack, shaped.vertices, shaped.joints, rotations, heads), shaped.vertices, atol=2e-6
-    )
+    np.testing.assert_allclose(skin(pack, shaped.vertices, shaped.joints, rotations, heads), shaped.vertices, atol=2e-6)
     np.testing.assert_allclose(carry_points(pack, shaped.joints, rotations, heads), shaped.joints, atol=1e-6)
 
 
@@ -76,9 +74,7 @@ def test_bone_lengths_never_change(pack):
         shaped = shaped_of(pack, spec)
         posed = pose_body(pack, shaped, spec)
         rest = np.linalg.norm(shaped.joints[child] - shaped.joints[owner], axis=1)
-        np.testing.assert_allclose(
-            np.linalg.norm(posed.points[child] - posed.points[owner], axis=1), rest, atol=1e-5
-        )
+        np.testing.assert_allclose(np.linalg.norm(posed.points[child] - posed.points[owner], axis=1), rest, atol=1e-5)
 
 
 def test_rotations_are_rotations_and_results_float32(pack):
@@ -95,7 +91,7 @@ def test_index_curl_goes_towards_the_palm(pack, side):
     letter = "LR"[side]
     joints = shaped_of(pack, SPECS[0]).joints
     local = identity_pose()
-    bones, fingers = finger_rotations(pack, joints, ("relaxed", "relaxed"), np.zeros(3))
+    bones, _ = finger_rotations(pack, joints, ("relaxed", "relaxed"), np.zeros(3))
     knuckle = bones[side, 1, 0]
     straight = joints[pack.point[f"finger2-2.{letter}"]] - joints[knuckle]
     palm = hand_axes(pack, joints)[1][side]
@@ -118,14 +114,12 @@ def test_fist_is_closed_and_open_hand_is_open(pack):
     spread = {}
     for name in HAND_SHAPES:
         spec["pose"]["arms"] = {
-            s: {"gesture": "sign", "shape": name, "numbers": [0.5] * 6, "swing": 0.0}
-            for s in ("left", "right")
+            s: {"gesture": "sign", "shape": name, "numbers": [0.5] * 6, "swing": 0.0} for s in ("left", "right")
         }
         spec["pose"]["fingers"] = [[0.0] * 3] * 30
         points = pose_body(pack, shaped, spec).points
         spread[name] = [
-            np.linalg.norm(points[pack.point[f"finger3-tip.{s}"]] - points[pack.bone[f"wrist.{s}"]])
-            for s in "LR"
+            np.linalg.norm(points[pack.point[f"finger3-tip.{s}"]] - points[pack.bone[f"wrist.{s}"]]) for s in "LR"
         ]
         if name == "ok":
             gap = points[pack.point["finger1-tip.L"]] - points[pack.point["finger2-tip.L"]]

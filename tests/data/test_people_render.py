@@ -174,15 +174,11 @@ def test_identity_is_drawn_apart_from_everything_else(pack):
 
 
 def test_hair_styles_and_sitting_are_drawn(pack):
-    sitting = next(
-        s for i in range(500) if (s := sample_spec(2, i, "full body"))["pose"]["legs"] == "sitting"
-    )
+    sitting = next(s for i in range(500) if (s := sample_spec(2, i, "full body"))["pose"]["legs"] == "sitting")
     sample = render(pack, sitting, 96)
     stool = (sample["depth"] > 0) & (sample["person_mask"] == 0)
     assert stool.sum() > 50
-    long = next(
-        s for i in range(500) if (s := sample_spec(2, i, "portrait"))["identity"]["hair_style"] == "long"
-    )
+    long = next(s for i in range(500) if (s := sample_spec(2, i, "portrait"))["identity"]["hair_style"] == "long")
     share = {}
     for style in ("bald", "buzzed", "long"):
         changed = long | {"identity": long["identity"] | {"hair_style": style}}

@@ -24,7 +24,7 @@ def test_box_mask_is_filled_and_dilated():
 
 
 def test_other_bytes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="sha256 is .* expected 5e5efdd1"):
+    with pytest.raises(ValueError, match=r"sha256 is .* expected 5e5efdd1"):
         write_portraits(tmp_path, b"something else")
     assert not list(tmp_path.iterdir())
 

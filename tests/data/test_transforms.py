@@ -48,9 +48,7 @@ def test_resized_layers_stay_aligned(seed, height, width):
     out = JointTransform(32, "random", flip=0.5)(whole, np.random.default_rng(seed))
     np.testing.assert_array_equal(out["image"][..., :1] >= 128, out["face_mask"] == 1)
     assert (
-        out["image"].shape == (32, 32, 3)
-        and out["hand_mask"].sum() == 0
-        and set(np.unique(out["face_mask"])) <= {0, 1}
+        out["image"].shape == (32, 32, 3) and out["hand_mask"].sum() == 0 and set(np.unique(out["face_mask"])) <= {0, 1}
     )
 
 
@@ -63,9 +61,7 @@ def test_sizes_and_time_ids(high, wide):
     out = transform(sample(high, wide), rng)
     assert out["time_ids"].dtype == np.float32
     assert out["time_ids"].tolist() == [high, wide, geometry.top, geometry.left, 32, 32]
-    assert all(
-        out[name].dtype == np.uint8 for name in ("image", "face_mask", "hand_mask", "conditioning_image")
-    )
+    assert all(out[name].dtype == np.uint8 for name in ("image", "face_mask", "hand_mask", "conditioning_image"))
 
 
 def test_random_crop_reaches_both_ends_and_center_does_not_move():
@@ -75,9 +71,7 @@ def test_random_crop_reaches_both_ends_and_center_does_not_move():
     flips = [JointTransform(8, flip=0.25).geometry(8, 8, np.random.default_rng(s)).flip for s in range(400)]
     assert 60 < sum(flips) < 140
     plain = [JointTransform(8, "random").geometry(40, 8, np.random.default_rng(s)).top for s in range(20)]
-    assert plain == [
-        JointTransform(8, "random", 1.0).geometry(40, 8, np.random.default_rng(s)).top for s in range(20)
-    ]
+    assert plain == [JointTransform(8, "random", 1.0).geometry(40, 8, np.random.default_rng(s)).top for s in range(20)]
 
 
 def test_latent_mask_of_the_specification():
@@ -123,9 +117,7 @@ def test_further_masks_and_maps_share_the_geometry():
     names = ("hand_mask_left", "hand_mask_right")
     whole |= {name: whole[mask] for name, mask in zip(names, ("face_mask", "hand_mask"), strict=True)}
     whole["hand_depth"] = whole["image"][..., :1].astype(np.float32) / 255
-    transform = JointTransform(
-        20, "random", 1.0, masks=("face_mask", "hand_mask", *names), maps=("hand_depth",)
-    )
+    transform = JointTransform(20, "random", 1.0, masks=("face_mask", "hand_mask", *names), maps=("hand_depth",))
     out = transform(whole, np.random.default_rng(0))
     np.testing.assert_array_equal(out["hand_mask_left"], out["hand_mask"])
     np.testing.assert_array_equal(out["hand_mask_right"], out["face_mask"])
@@ -196,6 +188,4 @@ def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="no 'person_mask'; it has image"):
         JointTransform(8, masks=("person_mask",))(sample(8, 8), np.random.default_rng(0))
     with pytest.raises(ValueError, match="face_mask is"):
-        JointTransform(8)(
-            sample(8, 9) | {"face_mask": np.zeros((8, 8, 1), np.uint8)}, np.random.default_rng(0)
-        )
+        JointTransform(8)(sample(8, 9) | {"face_mask": np.zeros((8, 8, 1), np.uint8)}, np.random.default_rng(0))

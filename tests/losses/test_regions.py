@@ -34,6 +34,7 @@ def test_latent_mask_reads_the_top_left_pixel():
 def test_latent_mask_reads_every_encoding():
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, size=(2, 16, 24, 1), dtype=np.uint8)
+    grey[0, 0, [0, 8], 0] = [127, 128]
     wanted = (grey[:, ::8, ::8] >= 128).astype(np.float32)
     np.testing.assert_array_equal(latent_mask(grey, 8), wanted)
     binary = (grey >= 128).astype(np.uint8)

@@ -103,9 +103,7 @@ def test_published_configs_survive_the_round_trip():
 
 
 def test_scanned_equals_unrolled(params, inputs, reference):
-    out, gradients = value_and_gradients(
-        UNet2DCondition.from_config(TINY, scan=False), unstacked(params), inputs
-    )
+    out, gradients = value_and_gradients(UNet2DCondition.from_config(TINY, scan=False), unstacked(params), inputs)
     assert_close((out, gradients), (reference[0], unstacked(reference[1])))
 
 
@@ -119,9 +117,7 @@ def test_initial_layers_of_a_scanned_stack_differ():
 
 @pytest.mark.parametrize("remat", ["full", "attention"])
 def test_rematerialised_equals_plain(remat, params, inputs, reference):
-    assert_close(
-        value_and_gradients(UNet2DCondition.from_config(TINY, remat=remat), params, inputs), reference
-    )
+    assert_close(value_and_gradients(UNet2DCondition.from_config(TINY, remat=remat), params, inputs), reference)
 
 
 @pytest.mark.parametrize("scan", [True, False])

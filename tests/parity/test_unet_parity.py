@@ -102,9 +102,7 @@ def torch_inputs(values: dict) -> dict:
         "encoder_hidden_states": torch.from_numpy(values["text"]),
     }
     if "added_cond" in values:
-        given["added_cond_kwargs"] = {
-            key: torch.from_numpy(value) for key, value in values["added_cond"].items()
-        }
+        given["added_cond_kwargs"] = {key: torch.from_numpy(value) for key, value in values["added_cond"].items()}
     if "down_residuals" in values:
         given["down_block_additional_residuals"] = tuple(nchw(value) for value in values["down_residuals"])
         given["mid_block_additional_residual"] = nchw(values["mid_residual"])
@@ -168,9 +166,7 @@ def test_sd21_values_and_gradients():
     assert_parity(out, prediction)
     expected = to_flax({name: value.grad for name, value in original.named_parameters()}, module)
     largest = max(np.abs(value).max() for value in jax.tree.leaves(expected))
-    for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         error = np.linalg.norm(ours - theirs)
         assert error <= 1e-4 * np.linalg.norm(theirs) + 1e-6 * largest, jax.tree_util.keystr(path)
 
@@ -179,9 +175,7 @@ def test_config_round_trip_loads_in_diffusers():
     original = torch_unet(SDXL)
     ours = UNet2DCondition.from_config(dict(original.config)).to_config()
     again = diffusers.UNet2DConditionModel.from_config(ours)
-    differing = {
-        key for key, value in ours.items() if not key.startswith("_") and original.config[key] != value
-    }
+    differing = {key for key, value in ours.items() if not key.startswith("_") and original.config[key] != value}
     assert differing == set()
     assert {name: tuple(value.shape) for name, value in again.state_dict().items()} == {
         name: tuple(value.shape) for name, value in original.state_dict().items()

@@ -55,9 +55,7 @@ def _eye_surround(colour: np.ndarray, x: np.ndarray, z: np.ndarray, skin: np.nda
         blend(colour, 0.55 * lash * smoothstep(0.019, 0.014, np.abs(x - EYE_X)), 0.25 * skin)
 
 
-def _lips(
-    colour: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, skin: np.ndarray, woman: bool
-) -> None:
+def _lips(colour: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, skin: np.ndarray, woman: bool) -> None:
     height = np.where(z < 0.66, 0.0125, 0.0085)
     e = (x / 0.0265) ** 2 + ((z - 0.6605) / height) ** 2
     tone = skin * [0.88, 0.52, 0.52] + (np.array([0.10, 0.02, 0.03]) if woman else 0)

@@ -111,9 +111,7 @@ def top_field(canon: np.ndarray, arm: np.ndarray, top: palette.Top, hem: float) 
     return np.minimum(np.minimum(neck, z - hem), (top.sleeve - arm) / 4)
 
 
-def bottom_field(
-    canon: np.ndarray, leg: np.ndarray, arm: np.ndarray, leg_hem: float, hem: float
-) -> np.ndarray:
+def bottom_field(canon: np.ndarray, leg: np.ndarray, arm: np.ndarray, leg_hem: float, hem: float) -> np.ndarray:
     """Lower garment [n]; hands hang beside the hips in no canonical position, but arms are excluded all the
     same."""
     field = np.minimum(0.4 * (leg_hem - leg), hem + 0.005 - canon[:, 2])
@@ -203,9 +201,7 @@ def dress(canon: np.ndarray, fields: BodyFields, spec: dict) -> Wardrobe:
     shoes = shoe_field(canon, fields.foot)
     tops[fields.head], bottoms[fields.head] = -0.05, -0.05
     edge = INFLATION_EDGE
-    lift = np.maximum(
-        top.loose * smoothstep(-edge, edge, tops), bottom.loose * smoothstep(-edge, edge, bottoms)
-    )
+    lift = np.maximum(top.loose * smoothstep(-edge, edge, tops), bottom.loose * smoothstep(-edge, edge, bottoms))
     lift = np.maximum(lift, palette.SHOE_LOOSE * smoothstep(-edge, edge, shoes))
     lift[fields.skirt] = bottom.loose
     offset = lift[:, None].astype(np.float32) * fields.normals

@@ -145,9 +145,7 @@ PLACES: dict[str, Callable[[BodyFrame, int, Sequence[float], float], tuple]] = {
 ARM_GESTURES = (*REACHES, *PLACES)
 
 
-def arm_target(
-    name: str, body: BodyFrame, side: int, numbers: Sequence[float], swing: float = 0.0
-) -> ArmTarget:
+def arm_target(name: str, body: BodyFrame, side: int, numbers: Sequence[float], swing: float = 0.0) -> ArmTarget:
     """Target of one arm (side 0 left, 1 right); `numbers` in 0..1 place it inside the gesture's range.
 
     `numbers[0:3]` mix the wrist, `[3:6]` the hand direction; "crossed" and "clasped" read `[0] >= .5` as the

@@ -26,19 +26,13 @@ _NO_SPREAD = (0.0, 0.0, 0.0, 0.0)
 _STRAIGHT = (-4.0, -8.0, -4.0)
 HAND_SHAPES: dict[str, HandShape] = {
     "open": HandShape(((-4, -6, -4),) * 4, (9, 2, -5, -12), (-12, 8, -8, -8)),
-    "relaxed": HandShape(
-        ((8, 14, 8), (12, 18, 10), (16, 22, 12), (18, 24, 12)), (2, 0, -1, -2), (6, 8, 6, 8)
-    ),
+    "relaxed": HandShape(((8, 14, 8), (12, 18, 10), (16, 22, 12), (18, 24, 12)), (2, 0, -1, -2), (6, 8, 6, 8)),
     "flat": HandShape(((-3, -8, -6),) * 4, (1, 0, -1, -2), (6, 0, 0, 0)),
     "fist": HandShape(((72, 88, 55), (76, 90, 58), (78, 90, 58), (80, 86, 55)), _NO_SPREAD, (40, 22, 32, 38)),
-    "pointing": HandShape(
-        (_STRAIGHT, (76, 90, 58), (78, 90, 58), (80, 86, 55)), _NO_SPREAD, (42, 22, 36, 36)
-    ),
+    "pointing": HandShape((_STRAIGHT, (76, 90, 58), (78, 90, 58), (80, 86, 55)), _NO_SPREAD, (42, 22, 36, 36)),
     "peace": HandShape((_STRAIGHT, _STRAIGHT, (76, 90, 58), (78, 86, 55)), (12, -9, 0, 0), (46, 22, 38, 36)),
     "ok": HandShape(((53, 32, 18), (4, 6, 4), (-2, 0, 0), (-6, -4, 0)), (0, 2, -6, -14), (20, 2, 9, 26)),
-    "thumbs up": HandShape(
-        ((70, 88, 55), (74, 90, 58), (76, 90, 58), (78, 86, 55)), _NO_SPREAD, (-26, -14, -10, -12)
-    ),
+    "thumbs up": HandShape(((70, 88, 55), (74, 90, 58), (76, 90, 58), (78, 86, 55)), _NO_SPREAD, (-26, -14, -10, -12)),
 }
 
 
@@ -46,10 +40,7 @@ HAND_SHAPES: dict[str, HandShape] = {
 def finger_bones(pack: PeoplePack) -> tuple[np.ndarray, np.ndarray]:
     """Points [2 sides, 5 fingers, 3 joints] where each phalanx starts (a bone) and ends (a joint or tip)."""
     chains = np.asarray(
-        [
-            [[pack.point[f"finger{f}-{k}.{side}"] for k in (1, 2, 3, "tip")] for f in range(1, 6)]
-            for side in SIDES
-        ]
+        [[[pack.point[f"finger{f}-{k}.{side}"] for k in (1, 2, 3, "tip")] for f in range(1, 6)] for side in SIDES]
     )
     return chains[..., :3], chains[..., 1:]
 

@@ -97,9 +97,7 @@ def tolerance(name: str) -> float:
     return DEEP_TOLERANCE if name.split(".")[0] in DEEP else TOLERANCE
 
 
-def visibility(
-    pixels: np.ndarray, depths: np.ndarray, names: tuple[str, ...], depth: np.ndarray
-) -> np.ndarray:
+def visibility(pixels: np.ndarray, depths: np.ndarray, names: tuple[str, ...], depth: np.ndarray) -> np.ndarray:
     """1.0 where a point lies in the frame and not farther than its tolerance behind `depth` [S, S] (0 =
     nothing there)."""
     size = len(depth)

@@ -33,9 +33,7 @@ class Posed:
     seat: np.ndarray | None
 
 
-def forward_kinematics(
-    pack: PeoplePack, joints: np.ndarray, local: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def forward_kinematics(pack: PeoplePack, joints: np.ndarray, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """World rotations G_b = G_parent L_b [77,3,3] and heads p_b = p_parent + G_parent (h_b - h_parent).
 
     Returns float32 [77,3,3] and [77,3]. `joints` [>=77,3] rest heads, `local` [77,3,3] rotations
@@ -58,9 +56,7 @@ def _dense_weights(pack: PeoplePack) -> np.ndarray:
     return dense
 
 
-def skin(
-    pack: PeoplePack, vertices: np.ndarray, joints: np.ndarray, rotations: np.ndarray, heads: np.ndarray
-):
+def skin(pack: PeoplePack, vertices: np.ndarray, joints: np.ndarray, rotations: np.ndarray, heads: np.ndarray):
     """Linear blend skinning x' = sum_k w_k (G_k (x - h_k) + p_k), float32 [V,3]."""
     shift = heads - (rotations @ joints[: len(heads), :, None])[..., 0]
     blended = _dense_weights(pack) @ np.concatenate([rotations.reshape(-1, 9), shift], 1)
@@ -68,9 +64,7 @@ def skin(
     return turned + blended[:, 9:]
 
 
-def carry_points(
-    pack: PeoplePack, joints: np.ndarray, rotations: np.ndarray, heads: np.ndarray
-) -> np.ndarray:
+def carry_points(pack: PeoplePack, joints: np.ndarray, rotations: np.ndarray, heads: np.ndarray) -> np.ndarray:
     """Bone heads followed by the extra points p_b + G_b (point - h_b), float32 [92,3]."""
     b = pack.point_bones
     extra = heads[b] + (rotations[b] @ (joints[len(heads) :] - joints[b])[..., None])[..., 0]
@@ -109,14 +103,11 @@ def leg_rotations(
     return out
 
 
-def body_frame(
-    pack: PeoplePack, shaped: Shaped, rotations: np.ndarray, heads: np.ndarray, identity: Mapping[str, Any]
-):
+def body_frame(pack: PeoplePack, shaped: Shaped, rotations: np.ndarray, heads: np.ndarray, identity: Mapping[str, Any]):
     """What the arm gestures refer to, from the posed trunk and the shaped rest body."""
     joints, bone = shaped.joints, pack.bone
     pairs = {
-        k: [bone[f"{k}.{s}"] for s in SIDES]
-        for k in ("upperarm01", "lowerarm01", "wrist", "upperleg01", "lowerleg01")
+        k: [bone[f"{k}.{s}"] for s in SIDES] for k in ("upperarm01", "lowerarm01", "wrist", "upperleg01", "lowerleg01")
     }
     chain = joints[[pairs["upperarm01"], pairs["lowerarm01"], pairs["wrist"]]]
     segments = chain[1:] - chain[:-1]
@@ -154,9 +145,7 @@ class _Arm:
     axis: np.ndarray
 
 
-def _solve_arm(
-    pack: PeoplePack, joints: np.ndarray, shoulder: np.ndarray, target: ArmTarget, side: int, axes
-) -> _Arm:
+def _solve_arm(pack: PeoplePack, joints: np.ndarray, shoulder: np.ndarray, target: ArmTarget, side: int, axes) -> _Arm:
     rest = joints[[pack.bone[f"{b}.{SIDES[side]}"] for b in ("upperarm01", "lowerarm01", "wrist")]]
     rest_upper, rest_lower = rest[1] - rest[0], rest[2] - rest[1]
     lengths = [float(np.sqrt(v @ v)) for v in (rest_upper, rest_lower)]
@@ -175,9 +164,7 @@ def _local_rotations(pack: PeoplePack, joints: np.ndarray, pose: Mapping[str, An
     local = np.tile(np.eye(3, dtype=np.float32), (len(pack.parents), 1, 1))
     rotations = pose["rotations"]
     if rotations:
-        local[[pack.bone[name] for name in rotations]] = euler(
-            np.asarray(list(rotations.values()), np.float32)
-        )
+        local[[pack.bone[name] for name in rotations]] = euler(np.asarray(list(rotations.values()), np.float32))
     for name, rotation in leg_rotations(pack, joints, rotations, pose["splay"]).items():
         local[pack.bone[name]] = rotation
     shapes = (pose["arms"]["left"]["shape"], pose["arms"]["right"]["shape"])

@@ -34,14 +34,10 @@ def identity_vector(person: dict) -> np.ndarray:
     """Ground truth of a person's looks, float32 [43]: six phenotype scalars, ancestry (3), face (16),
     colours of skin, iris and hair (9), hair style one-hot (6), hairline shift in cm, beard, and woman."""
     scalars = [person[k] for k in ("gender", "age", "muscle", "weight", "height", "proportions")]
-    colours = (
-        palette.SKIN[person["skin"]] + palette.IRIS[person["iris"]] + palette.HAIR[person["hair_colour"]]
-    )
+    colours = palette.SKIN[person["skin"]] + palette.IRIS[person["iris"]] + palette.HAIR[person["hair_colour"]]
     styles = [float(person["hair_style"] == s) for s in (*palette.HAIR_STYLES, "bald")]
     last = [100 * person["hairline_shift"], float(person["beard"]), float(person["sex"] == "woman")]
-    return np.array(
-        [*scalars, *person["ancestry"], *person["face"], *colours, *styles, *last], dtype=np.float32
-    )
+    return np.array([*scalars, *person["ancestry"], *person["face"], *colours, *styles, *last], dtype=np.float32)
 
 
 def assemble(pack: PeoplePack, spec: dict) -> tuple[mesh.Drawable, dict[str, np.ndarray], Landmarks]:
@@ -75,9 +71,7 @@ def _image(
     picture = background(spec["background"], wide).reshape(-1, 3)
     depth = np.zeros(wide * wide, dtype=np.float32)
     depth[fragments.pixel] = fragments.depth
-    shadow = contact(
-        depth.reshape(wide, wide), depth.reshape(wide, wide) > 0, camera.distance, camera.half_height
-    )
+    shadow = contact(depth.reshape(wide, wide), depth.reshape(wide, wide) > 0, camera.distance, camera.half_height)
     picture[fragments.pixel] = colour * shadow.ravel()[fragments.pixel, None]
     samples = picture.reshape(size, supersample, size, supersample * 3)
     rows = sum(samples[:, k] for k in range(supersample))

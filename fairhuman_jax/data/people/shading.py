@@ -18,9 +18,7 @@ def light_direction(azimuth: float, elevation: float) -> np.ndarray:
     return np.array([np.sin(a) * np.cos(e), -np.cos(a) * np.cos(e), np.sin(e)], dtype=np.float32)
 
 
-def shade(
-    colour: np.ndarray, normal: np.ndarray, shine: np.ndarray, rotation: np.ndarray, light: dict
-) -> np.ndarray:
+def shade(colour: np.ndarray, normal: np.ndarray, shine: np.ndarray, rotation: np.ndarray, light: dict) -> np.ndarray:
     """Lit colours [n, 3]: colour (amb (.75 + .25 (.5 + .5 n_z)) + (1.06 - amb) wrapped n.l) tint + highlight.
 
     `colour` [n, 3], world `normal` [n, 3] (any length), `shine` [n], world -> view `rotation` [3, 3], spec
@@ -41,9 +39,7 @@ def box_blur(image: np.ndarray, radius: int) -> np.ndarray:
     """Mean over a (2 radius + 1)^2 window cut at the border; image float32 [H, W]."""
     for axis in (0, 1):
         n = image.shape[axis]
-        total = np.concatenate(
-            [np.zeros_like(image.take([0], axis)), np.cumsum(image, axis, dtype=np.float32)], axis
-        )
+        total = np.concatenate([np.zeros_like(image.take([0], axis)), np.cumsum(image, axis, dtype=np.float32)], axis)
         high, low = np.minimum(np.arange(n) + radius + 1, n), np.maximum(np.arange(n) - radius, 0)
         count = (high - low).astype(np.float32)
         image = (total.take(high, axis) - total.take(low, axis)) / (count[:, None] if axis == 0 else count)

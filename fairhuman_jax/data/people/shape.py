@@ -35,9 +35,7 @@ def factor_weights(identity: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(values + [a / sum(ancestry) for a in ancestry], np.float32)
 
 
-def shape_body(
-    pack: PeoplePack, identity: Mapping[str, Any], expression: Mapping[str, float] | None = None
-) -> Shaped:
+def shape_body(pack: PeoplePack, identity: Mapping[str, Any], expression: Mapping[str, float] | None = None) -> Shaped:
     """Rest shape v = mean + c B + face F + expression E, with c = w P - c0 and w_k = prod_j f_j over term k.
 
     `identity` holds gender, age, muscle, weight, height, proportions (0..1), ancestry [3] and face [16];

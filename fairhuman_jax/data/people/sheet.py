@@ -45,9 +45,7 @@ def _skeleton(picture: Image.Image, keypoints: dict[str, np.ndarray], scale: flo
         draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(255, 255, 255))
 
 
-def contact_sheet(
-    samples: Iterable[dict], columns: int = 4, tile: int = 192, captions: bool = True
-) -> Image.Image:
+def contact_sheet(samples: Iterable[dict], columns: int = 4, tile: int = 192, captions: bool = True) -> Image.Image:
     """Sheet of rendered samples (see `render`), each beside its masks and skeleton, optionally with its
     caption.
 
@@ -66,9 +64,7 @@ def contact_sheet(
         sheet.paste(plain, (x, y))
         sheet.paste(marked, (x + tile, y))
         if captions:
-            draw.multiline_text(
-                (x + 3, y + tile + 2), _wrap(sample["caption"], tile // 3), fill=(0, 0, 0), spacing=1
-            )
+            draw.multiline_text((x + 3, y + tile + 2), _wrap(sample["caption"], tile // 3), fill=(0, 0, 0), spacing=1)
     return sheet
 
 

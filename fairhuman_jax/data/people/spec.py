@@ -146,9 +146,7 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 def _far_from(skin: str, table: Mapping[str, palette.RGB]) -> tuple[str, ...]:
     """Colours that the eye can tell from the skin, or hand edges would vanish against the clothes."""
     s = np.asarray(palette.SKIN[skin])
-    return tuple(
-        k for k, c in table.items() if np.linalg.norm(np.asarray(c) - s) >= palette.MIN_SKIN_DISTANCE
-    )
+    return tuple(k for k, c in table.items() if np.linalg.norm(np.asarray(c) - s) >= palette.MIN_SKIN_DISTANCE)
 
 
 def draw_outfit(rng: np.random.Generator, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,9 +276,7 @@ def draw_expression(rng: np.random.Generator) -> dict[str, Any]:
 def raised_sides(spec: Mapping[str, Any]) -> tuple[str, ...]:
     """Sides ("left", "right") whose hand is shown: neither hanging, nor on hips or thighs, nor relaxed."""
     arms = spec["pose"]["arms"]
-    return tuple(
-        s for s in SIDE_NAMES if arms[s]["gesture"] not in LOW_GESTURES and arms[s]["shape"] != "relaxed"
-    )
+    return tuple(s for s in SIDE_NAMES if arms[s]["gesture"] not in LOW_GESTURES and arms[s]["shape"] != "relaxed")
 
 
 def draw_camera(rng: np.random.Generator, framing: str, spec: Mapping[str, Any]) -> dict[str, Any]:
