@@ -156,7 +156,7 @@ def _number(text: str, kind: type) -> int | float:
         raise ConfigError(text) from None
 
 
-def _sequence(text: str, kind: type, arguments: tuple[Any, ...]) -> Any:
+def _sequence(text: str, kind: Any, arguments: tuple[Any, ...]) -> Any:
     """`(1, 2)`, `[1, 2]`, `1,2` or `` -> tuple or list."""
     if kind is list:
         arguments = (*arguments, ...) if arguments else (Any, ...)
@@ -236,7 +236,7 @@ def _decode(value: Any, hint: Any, where: str) -> Any:
     elif origin is typing.Literal and value in arguments:
         return value
     elif (origin or hint) in (tuple, list) and isinstance(value, (list, tuple)):
-        kind = origin or hint
+        kind: Any = origin or hint
         if kind is tuple and arguments and arguments[-1] is not ...:
             if len(arguments) == len(value):
                 return tuple(_decode(v, h, where) for v, h in zip(value, arguments, strict=True))
@@ -248,9 +248,9 @@ def _decode(value: Any, hint: Any, where: str) -> Any:
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif isinstance(hint, type) and issubclass(hint, enum.Enum) and value in hint.__members__:
-        return hint[value]
+        return hint[str(value)]
     elif hint is Any or (hint is float and type(value) is int) or (hint in (bool, int, str) and type(value) is hint):
-        return float(value) if hint is float else value
+        return float(typing.cast(Any, value)) if hint is float else value
     elif hint in (float, type(None)) and type(value) is hint:
         return value
     raise ConfigError(f"{where}: needs {_name(hint)}, found {value!r}")

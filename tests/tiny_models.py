@@ -36,6 +36,12 @@ UNET = {
     "use_linear_projection": True,
     "sample_size": SIZE // 2,
 }
+SMALL_UNET = UNET | {
+    "block_out_channels": [16],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "transformer_layers_per_block": 1,
+}
 VAE = {
     "block_out_channels": [4, 8],
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -95,11 +101,11 @@ def tiny_pipeline(scan: bool = True, remat: str = "none") -> Pipeline:
 
 @functools.cache
 def tiny_xl_pipeline() -> Pipeline:
-    """The same with SDXL's two text encoders and its conditioning on pooled text and sizes."""
+    """One resolution, with SDXL's two text encoders and its conditioning on pooled text and sizes."""
     first = CLIPText.from_config(clip_config())
     second = CLIPText.from_config(clip_config(architectures=["CLIPTextModelWithProjection"], projection_dim=WIDTH))
     unet = UNet2DCondition.from_config(
-        UNET
+        SMALL_UNET
         | {
             "cross_attention_dim": 2 * WIDTH,
             "addition_embed_type": "text_time",

@@ -115,6 +115,7 @@ def write_portraits(folder: Path, package: bytes) -> Path:
         members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
         for portrait in PORTRAITS:
             photo = archive.extractfile(members[f"{portrait.name}.jpg"])
+            assert photo is not None, "only regular files are listed"
             image = np.array(Image.open(photo).convert("RGB"))
             if image.shape[1::-1] != portrait.size:
                 raise ValueError(

@@ -37,8 +37,8 @@ def overlay(
             images = tint(images, np.asarray(batch[name]), colour)
     if "conditioning_image" in batch:
         images = np.concatenate([images, np.asarray(batch["conditioning_image"])], axis=2)
-    tile = tile or max(high, 128)
-    width = tile * images.shape[2] // high
+    side: int = tile or max(high, 128)
+    width = side * images.shape[2] // high
     font = ImageFont.load_default(size=12)
     per_line = max(8, width // 7)
     texts = ["\n".join(textwrap.wrap(text, per_line)) for text in captions or [""] * count]
@@ -47,10 +47,10 @@ def overlay(
     below = 4 + 15 * max(len(text.splitlines()) for text in texts)
     columns = min(columns, count)
     rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * width, rows * (tile + below)), "white")
+    sheet = Image.new("RGB", (columns * width, rows * (side + below)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (image, text) in enumerate(zip(images, texts, strict=True)):
-        left, top = index % columns * width, index // columns * (tile + below)
-        sheet.paste(Image.fromarray(image).resize((width, tile), Image.Resampling.BILINEAR), (left, top))
-        draw.multiline_text((left + 3, top + tile + 1), text, fill="black", font=font)
+        left, top = index % columns * width, index // columns * (side + below)
+        sheet.paste(Image.fromarray(image).resize((width, side), Image.Resampling.BILINEAR), (left, top))
+        draw.multiline_text((left + 3, top + side + 1), text, fill="black", font=font)
     return sheet

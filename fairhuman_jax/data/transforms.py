@@ -45,6 +45,11 @@ class Geometry:
     flip: bool
     size: int
 
+    @property
+    def resized_xy(self) -> tuple[int, int]:
+        """(width, height), as Pillow counts."""
+        return self.resized[1], self.resized[0]
+
     def cut(self, array: np.ndarray) -> np.ndarray:
         """Mirror and crop an array [height, width, C] that has the resized size already."""
         if self.flip:
@@ -54,14 +59,14 @@ class Geometry:
     def image(self, array: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> uint8 [size, size, 3]: bilinear with antialiasing."""
         if array.shape[:2] != self.resized:
-            array = np.asarray(Image.fromarray(array).resize(self.resized[::-1], Image.Resampling.BILINEAR))
+            array = np.asarray(Image.fromarray(array).resize(self.resized_xy, Image.Resampling.BILINEAR))
         return self.cut(array)
 
     def mask(self, array: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 1] in {0, 1} -> [size, size, 1]: bilinear on 0 / 255 grey, then 1 where >= 128."""
         if array.shape[:2] != self.resized:
             grey = Image.fromarray(array[..., 0] * np.uint8(255))
-            grey = np.asarray(grey.resize(self.resized[::-1], Image.Resampling.BILINEAR))
+            grey = np.asarray(grey.resize(self.resized_xy, Image.Resampling.BILINEAR))
             array = (grey >= 128).astype(np.uint8)[..., None]
         return self.cut(array)
 
@@ -69,7 +74,7 @@ class Geometry:
         """float32 [H, W, 1] -> [size, size, 1]: bilinear with antialiasing."""
         if array.shape[:2] != self.resized:
             layer = Image.fromarray(array[..., 0].astype(np.float32))
-            array = np.asarray(layer.resize(self.resized[::-1], Image.Resampling.BILINEAR))[..., None]
+            array = np.asarray(layer.resize(self.resized_xy, Image.Resampling.BILINEAR))[..., None]
         return self.cut(array)
 
     def keypoints(self, sets: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -83,7 +83,7 @@ def sample(
         row, injected, index = inputs
         times = jnp.broadcast_to(row["timestep"], current.shape[:1])
         prediction = predict(rule.inputs(current, row), times).astype(jnp.float32)
-        if rule.stochastic and injected is None:
+        if rule.stochastic and injected is None and key is not None:
             injected = jax.random.normal(jax.random.fold_in(key, index), current.shape, jnp.float32)
         return rule.update(schedule, row, current, prediction, history, injected), None
 
@@ -164,6 +164,7 @@ def euler_ancestral() -> StepRule:
         history: PyTree,
         noise: Array | None,
     ) -> tuple[Array, PyTree]:
+        assert noise is not None, "a stochastic rule is given noise"
         scale = jnp.sqrt(row["sigma"] ** 2 + 1.0)
         _, epsilon = to_x0_epsilon(
             schedule.prediction_type, prediction, latents / scale, 1.0 / scale, row["sigma"] / scale

@@ -6,6 +6,7 @@ import functools
 import math
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 Array = jax.Array
@@ -104,7 +105,7 @@ def _newton(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
         slope = jnp.sum(gradient * step)
         before, size = merit(point)
         sizes = _largest_step(point, step, alpha) * halvings
-        after, _ = jax.vmap(lambda length: merit(_advance(point, length * step, alpha)))(sizes)
+        after = jax.vmap(lambda length: merit(_advance(point, length * step, alpha))[0])(sizes)
         # Near the solution the true decrease is below rounding: allow that much.
         enough = after <= before + 1e-4 * sizes * slope + 8.0 * eps * size
         chosen = jnp.where(jnp.any(enough), sizes[jnp.argmax(enough)], sizes[-1])

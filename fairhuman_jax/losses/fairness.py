@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from fairhuman_jax.losses.alpha_fair import solve_alpha_fair
@@ -95,7 +96,7 @@ def gradient_scale(task_grads: PyTree) -> Array:
 def task_count(task_grads: PyTree) -> int:
     """K, the leading axis shared by every leaf. Raises ValueError when leaves disagree or there are none."""
     leaves = jax.tree.leaves(task_grads)
-    counts = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    counts: set[Any] = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(counts) != 1 or None in counts:
         found = sorted(map(str, counts)) if counts else "no leaves"
         raise ValueError(f"task_grads: every leaf needs one leading task axis of the same size; found {found}")

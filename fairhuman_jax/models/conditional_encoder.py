@@ -7,7 +7,7 @@ module names are those of diffusers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import flax.linen as nn
 import jax
@@ -225,7 +225,7 @@ class ConditionalEncoder(nn.Module):
             return time
         if not added_cond or not {"text_embeds", "time_ids"} <= set(added_cond):
             raise ValueError(f"{self.CLASS_NAME}: needs added_cond with text_embeds and time_ids")
-        ids = timestep_embedding(added_cond["time_ids"].reshape(-1), self.addition_time_embed_dim, **flips)
+        ids = timestep_embedding(added_cond["time_ids"].reshape(-1), cast(int, self.addition_time_embed_dim), **flips)
         pooled = added_cond["text_embeds"].astype(jnp.float32)
         added = jnp.concatenate([pooled, ids.reshape(batch, -1)], axis=-1)
         if added.shape[-1] != self.projection_class_embeddings_input_dim:
@@ -242,8 +242,8 @@ class ConditionalEncoder(nn.Module):
         text = jnp.zeros((1, 1, self.per_block("cross_attention_dim")[0]))
         added_cond = None
         if self.addition_embed_type is not None:
-            ids_width = ADDED_TIME_IDS * self.addition_time_embed_dim
-            width = self.projection_class_embeddings_input_dim - ids_width
+            ids_width = ADDED_TIME_IDS * cast(int, self.addition_time_embed_dim)
+            width = cast(int, self.projection_class_embeddings_input_dim) - ids_width
             added_cond = {"text_embeds": jnp.zeros((1, width)), "time_ids": jnp.zeros((1, ADDED_TIME_IDS))}
         return latents, jnp.zeros((1,), jnp.int32), text, added_cond
 

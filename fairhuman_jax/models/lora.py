@@ -38,7 +38,7 @@ def init_lora(key: jax.Array, params: PyTree, rank: int, targets: Sequence[str] 
 
 def scale_lora(lora: PyTree, weight: float | jax.Array) -> PyTree:
     """The same update at `weight` times its strength (alpha / rank goes here): only `up` is multiplied."""
-    flat = flatten_dict(lora)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(lora)
     return unflatten_dict({path: leaf * weight if path[-1] == "up" else leaf for path, leaf in flat.items()})
 
 

@@ -6,6 +6,7 @@ Source: Rombach et al. 2022 (Latent Diffusion), section 3.3; module names are th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ ATTENTION_OUTPUT = "attention_output"
 REMAT_POLICIES = ("none", "full", "attention")
 
 
-def rematerialise(module: type[nn.Module], remat: str, *, in_scan: bool = False) -> type[nn.Module]:
+def rematerialise(module: type[nn.Module], remat: str, *, in_scan: bool = False) -> Any:
     """`module` under one of the rematerialisation policies `none`, `full` and `attention`.
 
     `full` keeps only the module's inputs for the backward pass; `attention` keeps its attention outputs as well.
@@ -138,7 +139,7 @@ class Transformer2D(nn.Module):
             lambda layer, carry, context: (layer(carry, context), None),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.depth,
         )
         return stack(block("transformer_blocks"), tokens, text)[0]

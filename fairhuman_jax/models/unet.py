@@ -65,7 +65,7 @@ class UNet2DCondition(ConditionalEncoder):
             x = x + mid_residual.astype(x.dtype)
         for index, spec in enumerate(self.up_specs()):
             skips, used = skips[: -spec.layers - 1], skips[-spec.layers - 1 :]
-            size = skips[-1].shape[1:3] if skips else None
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             x = UpBlock(spec, name=f"up_blocks.{index}")(x, used, time, text, size)
         x = GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(x)
         return Conv(self.out_channels, dtype=jnp.float32, name="conv_out")(activation(self.act_fn)(x))

@@ -6,7 +6,7 @@ of diffusers checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -48,7 +48,7 @@ class BlockSpec:
         block = rematerialise(ResnetBlock, self.remat)
         return block(self.channels, self.num_groups, self.epsilon, self.act_fn, self.dtype, name=name)
 
-    def transformer(self, name: str) -> Transformer2D:
+    def transformer(self, name: str) -> Callable[..., jax.Array]:
         """A spatial transformer of this resolution."""
         return Transformer2D(
             heads=self.heads,

@@ -205,7 +205,7 @@ class AutoencoderKL(nn.Module):
         unknown = sorted(key for key in config if key not in known and not key.startswith("_"))
         if unknown:
             raise ValueError(f"AutoencoderKL: unknown config keys {', '.join(unknown)}")
-        settings = {key: config.get(key, default) for key, default in CONFIG_DEFAULTS.items()}
+        settings: dict[str, Any] = {key: config.get(key, default) for key, default in CONFIG_DEFAULTS.items()}
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         for key, block in (
             ("down_block_types", "DownEncoderBlock2D"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,10 +98,10 @@ class Autoencoder:
         return folder
 
     def _encode(self, params: PyTree, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.vae.apply({"params": params}, _pixels(image), method=self.vae.encode)
+        return cast(Any, self.vae).apply({"params": params}, _pixels(image), method=self.vae.encode)
 
     def _decode(self, params: PyTree, latents: jax.Array) -> jax.Array:
-        return self.vae.apply({"params": params}, latents, method=self.vae.decode)
+        return cast(Any, self.vae).apply({"params": params}, latents, method=self.vae.decode)
 
 
 def _pixels(image: jax.Array) -> jax.Array:

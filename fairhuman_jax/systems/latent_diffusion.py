@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -75,7 +75,7 @@ class LatentDiffusion:
 
     def encode_image(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 images [B, H, W, 3] -> mean and log-variance of the latent posterior [B, h, w, c], unscaled."""
-        vae = self.pipeline.vae
+        vae = cast(Any, self.pipeline.vae)
         pixels = image.astype(jnp.float32) / 127.5 - 1.0
         return vae.apply({"params": params["vae"]}, pixels, method=vae.encode)
 
@@ -91,7 +91,7 @@ class LatentDiffusion:
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Scaled latents -> images [B, H, W, 3] in [-1, 1]."""
-        vae = self.pipeline.vae
+        vae = cast(Any, self.pipeline.vae)
         image = vae.apply({"params": params["vae"]}, latents / vae.scaling_factor, method=vae.decode)
         return jnp.clip(image, -1.0, 1.0)
 
@@ -107,9 +107,9 @@ class LatentDiffusion:
         """The network's output for noisy latents [B, h, w, c] at timesteps [B]."""
         hidden, pooled = text
         added = {"text_embeds": pooled, "time_ids": time_ids} if self.micro_conditioned else None
-        return self.pipeline.unet.apply(_variables(params, lora, "unet"), latents, timesteps, hidden, added).astype(
-            jnp.float32
-        )
+        unet = cast(Any, self.pipeline.unet)
+        output = unet.apply(_variables(params, lora, "unet"), latents, timesteps, hidden, added)
+        return output.astype(jnp.float32)
 
     def noisy_prediction(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 
 from fairhuman_jax.diffusion import NoiseSchedule, snr
 from fairhuman_jax.losses import denoising_loss, min_snr_weight
-from fairhuman_jax.models import CLIPText, UNet2DCondition
+from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
 from fairhuman_jax.systems.contract import Batch
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
 from fairhuman_jax.weights import Pipeline, load_model, load_tokenizer, save_pipeline
@@ -47,8 +47,8 @@ class TextToImageConfig:
         runtime = {"dtype": jnp.dtype(self.dtype), "remat": self.remat}
         vae, vae_params = load_model(self.vae, dtype=self.dtype, remat=self.remat)
         pipeline = Pipeline(
-            unet=UNet2DCondition.from_config(self.unet, **runtime),
-            vae=vae,
+            unet=UNet2DCondition.from_config(dict(self.unet), **runtime),
+            vae=cast(AutoencoderKL, vae),
             text_encoders=(CLIPText.from_config(self.text_encoder, **runtime),),
             tokenizers=(load_tokenizer(self.tokenizer),),
             schedule=NoiseSchedule.from_config(self.scheduler),
@@ -75,7 +75,7 @@ class TextToImage(LatentDiffusion):
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"output", "target": [B, h, w, c], "weight": [B]}."""
-        prediction, timesteps = self.noisy_prediction(frozen | trainable, batch, key)
+        prediction, timesteps = self.noisy_prediction({**frozen, **trainable}, batch, key)
         schedule = self.pipeline.schedule
         weight = jnp.ones(timesteps.shape, jnp.float32)
         if self.config.snr_gamma is not None:
@@ -89,9 +89,9 @@ class TextToImage(LatentDiffusion):
 
     def sample(self, trainable: PyTree, frozen: PyTree, request: SampleRequest, key: jax.Array) -> jax.Array:
         """Images [N, H, W, 3] in [-1, 1]."""
-        return self.sample_images(frozen | trainable, request, key)
+        return self.sample_images({**frozen, **trainable}, request, key)
 
     def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes the whole pipeline as a diffusers folder in float16 and returns it."""
-        save_pipeline(replace(self.pipeline, params=frozen | trainable), folder, dtype="float16")
+        save_pipeline(replace(self.pipeline, params={**frozen, **trainable}), folder, dtype="float16")
         return folder

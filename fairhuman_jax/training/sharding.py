@@ -12,7 +12,7 @@ AXES = ("data", "fsdp")
 BATCH_SPEC = PartitionSpec(AXES)
 
 
-def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(fsdp: int = 1, devices: list[Any] | None = None) -> Mesh:
     """A (data, fsdp) mesh over all devices; `fsdp` must divide their number.
 
     Axis types are Auto: `jax.make_mesh` of jax 0.10 defaults to Explicit, which refuses sharded convolution kernels.

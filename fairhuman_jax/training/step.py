@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -61,7 +61,7 @@ def make_train_step(
             gradients,
             method=rule.method,
             alpha=rule.alpha,
-            priority=rule.priority,
+            priority=None if rule.priority is None else jnp.asarray(rule.priority),
             rescale=rule.rescale,
             axis_name=AXES,
         )
@@ -105,13 +105,13 @@ def _apply(
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     ema = state.ema
-    if ema is not None:
+    if ema is not None and ema_decay is not None:
         # The average follows quickly at first, so that short runs are not dominated by the start.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, trainable)
-    new = state.replace(trainable=trainable, opt_state=opt_state, ema=ema)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.replace(step=state.step))
-    return kept.replace(step=state.step + 1, skipped=state.skipped + jnp.where(finite, 0, 1)), norm
+    new = replace(state, trainable=trainable, opt_state=opt_state, ema=ema)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, replace(state, step=state.step))
+    return replace(kept, step=state.step + 1, skipped=state.skipped + jnp.where(finite, 0, 1)), norm
 
 
 def global_norm(tree: PyTree) -> jax.Array:

@@ -18,7 +18,7 @@ from fairhuman_jax.weights.safetensors_io import TensorFiles, write_tensors
 
 PyTree = Any
 
-NETWORKS: dict[str, type[nn.Module]] = {
+NETWORKS: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DCondition,
     "AutoencoderKL": AutoencoderKL,
     "CLIPTextModel": CLIPText,
@@ -60,8 +60,8 @@ def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp
     Errors: parameters that are not those of `module`; values that do not fit into `dtype`.
     """
     folder = Path(folder)
-    expected = flatten_dict(expected_params(module))
-    flat = flatten_dict(params)
+    expected: dict[tuple[str, ...], Any] = flatten_dict(expected_params(module))
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     wrong = sorted(set(expected) ^ set(flat)) or [k for k in flat if flat[k].shape != expected[k].shape]
     if wrong:
         names = ", ".join(".".join(path) for path in wrong[:LISTED])

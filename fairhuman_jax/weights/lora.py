@@ -53,9 +53,11 @@ def save_lora(
     `alpha / rank` (1 when alpha is None) is multiplied into `up`, so every reader applies the trained
     strength without being told of it. Errors: an unknown component; alpha without rank.
     """
-    if alpha is not None and rank is None:
-        raise ValueError("save_lora: alpha has a meaning only with the rank it was trained at")
-    strength = 1.0 if alpha is None else alpha / rank
+    strength = 1.0
+    if alpha is not None:
+        if rank is None:
+            raise ValueError("save_lora: alpha has a meaning only with the rank it was trained at")
+        strength = alpha / rank
     tensors: dict[str, tuple[np.ndarray, int | None]] = {}
     for component, lora in loras.items():
         if component not in COMPONENTS:
@@ -109,7 +111,8 @@ def load_lora(path: str | Path, target: nn.Module | PyTree, component: str = "un
 def _linear_layers(params: PyTree) -> dict[str, Layer]:
     """Torch name of every linear layer -> (module path, place in its stack or None, (in, out), depth)."""
     layers: dict[str, Layer] = {}
-    for (*parts, leaf), array in flatten_dict(params).items():
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+    for (*parts, leaf), array in flat.items():
         module = tuple(parts)
         stacked = is_stacked(module)
         if leaf != "kernel" or len(array.shape) - stacked != 2:

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,8 +42,10 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, which transformers 4 and 5 both load."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    _write(Path(folder), tokenizer.get_vocab(), merges, tokenizer.model_max_length, tokenizer.pad_token)
+    merges: list[Any] = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
+    ]
+    _write(Path(folder), tokenizer.get_vocab(), merges, tokenizer.model_max_length, str(tokenizer.pad_token))
 
 
 def build_small_clip_tokenizer(

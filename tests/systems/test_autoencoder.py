@@ -29,7 +29,7 @@ def run(system):
     """(parameters after 25 steps on one batch, losses)."""
     start, frozen = system.init(jax.random.key(0))
     mesh, rule = make_mesh(devices=jax.devices()[:1]), optax.adam(3e-3)
-    state = init_state(start, rule, KEY, ema=False)
+    state = init_state(start, rule, jax.random.key(4), ema=False)
     batch = random_batch(4, position=False)
     batch["image"] = batch["image"] // 4 + 96  # near grey, which is quickly learnt
     program = make_train_step(system, rule, mesh, FairConfig()).lower(state, frozen, batch).compile(QUICK)
@@ -66,10 +66,15 @@ def test_objective_weighs_pixels_of_regions_and_the_divergence():
 
 def test_export_loads_back_with_the_same_pictures(system, run, tmp_path):
     trained, _ = run
-    folder = system.export(trained, {}, tmp_path / "vae")
+    batch = random_batch(4)
+    folder = system.export(trained, {}, tmp_path / "vae", batch)
     module, params = load_model(folder, dtype="float32")
-    assert module.to_config() == system.vae.to_config()
-    images, titles = system.preview(PreviewConfig(), random_batch(4))
+    factor = module.to_config()["scaling_factor"]
+    assert module.to_config() == system.vae.to_config() | {"scaling_factor": factor}
+    latents = quick_jit(lambda tree: system.predict(tree, {}, batch, KEY))(params)
+    drawn = latents["mean"] + jnp.exp(latents["logvar"] / 2) * jax.random.normal(KEY, latents["mean"].shape)
+    assert float(jnp.std(factor * drawn)) == pytest.approx(1.0, abs=0.05)
+    images, titles = system.preview(PreviewConfig(), batch)
     assert images.dtype == jnp.uint8 and titles == [""] * 4
     reconstruct = quick_jit(lambda tree: system.sample(tree, {}, images, KEY))
     found, expected = reconstruct(params), reconstruct(trained)

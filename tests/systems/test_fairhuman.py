@@ -68,7 +68,7 @@ def test_strength_is_alpha_over_rank(system):
 def test_exported_lora_loads_as_it_was_applied(tmp_path, alpha):
     system = fairhuman(alpha=alpha)
     trainable = trained_lora(system)
-    path = system.export(trainable, system.pipeline.params, tmp_path)
+    path = system.export(trainable, system.pipeline.params, tmp_path, {})
     assert path.name == "pytorch_lora_weights.safetensors"
     loaded = load_lora(path, system.pipeline.unet)
     assert_trees_equal(loaded, jax.device_get(system.lora(trainable)["unet"]))
@@ -191,7 +191,7 @@ def test_sdxl_trains_a_step():
     batch = random_batch(4, xl=True, position=False)
 
     def state():
-        return init_state(jax.tree.map(jnp.copy, trainable), rule, KEY, ema=False)
+        return init_state(jax.tree.map(jnp.copy, trainable), rule, jax.random.key(4), ema=False)
 
     program = step.lower(state(), frozen, batch).compile(QUICK)
     after, metrics = program(state(), frozen, batch)

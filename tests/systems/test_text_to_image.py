@@ -12,7 +12,7 @@ import pytest
 from tiny_models import (
     QUICK,
     SCHEDULE,
-    UNET,
+    SMALL_UNET,
     assert_trees_close,
     clip_config,
     quick_jit,
@@ -41,8 +41,8 @@ def system(tmp_path_factory):
     config = TextToImageConfig(
         vae=str(folder / "vae"),
         tokenizer=str(folder / "tokenizer"),
-        unet=UNET,
-        text_encoder=clip_config(),
+        unet=SMALL_UNET,
+        text_encoder=clip_config(num_hidden_layers=1),
         scheduler=SCHEDULE,
         snr_gamma=5.0,
     )
@@ -56,7 +56,7 @@ def run(system):
     assert set(start) == {"unet", "text_encoder"} and set(frozen) == {"vae"}
     mesh, rule = make_mesh(devices=jax.devices()[:1]), optax.adam(3e-3)
     batch = random_batch(4, position=False) | {"times": np.array([0.2, 0.4, 0.6, 0.8], np.float32)}
-    state = init_state(jax.tree.map(jnp.copy, start), rule, KEY, ema=False)
+    state = init_state(jax.tree.map(jnp.copy, start), rule, jax.random.key(4), ema=False)
     step = make_train_step(system, rule, mesh, FairConfig(), clip_norm=1.0)
     program = step.lower(state, frozen, batch).compile(QUICK)
     losses = []
@@ -82,7 +82,7 @@ def test_denoiser_and_text_encoder_both_train(run):
 
 def test_export_is_a_pipeline_with_the_same_output(system, run, tmp_path):
     _, trained, _ = run
-    folder = system.export(trained, {"vae": system.pipeline.params["vae"]}, tmp_path / "base")
+    folder = system.export(trained, {"vae": system.pipeline.params["vae"]}, tmp_path / "base", {})
     again = load_pipeline(folder, dtype="float32")
     assert again.schedule.to_config() == system.pipeline.schedule.to_config()
     assert again.unet.to_config() == system.pipeline.unet.to_config()

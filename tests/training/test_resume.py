@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
-from tiny_models import SIZE, VAE, write_folder
+from tiny_models import SIZE, write_folder
 
 from fairhuman_jax.systems.autoencoder import AutoencoderConfig
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
@@ -22,7 +22,8 @@ from fairhuman_jax.training.logging import read_metrics
 from fairhuman_jax.training.loop import train
 from fairhuman_jax.training.state import OptimizerConfig
 
-STEPS, EVERY = 120, 10
+STEPS, EVERY = 60, 6
+VAE = {"block_out_channels": [4], "norm_num_groups": 2, "latent_channels": 2, "mid_block_add_attention": False}
 
 
 def run_config(data: str, output: str) -> RunConfig:

@@ -39,14 +39,13 @@ def smoothstep(low: float, high: float, x: np.ndarray) -> np.ndarray:
 def _along(points: np.ndarray, joints: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
     """Position [n] of points [n, 3] along a two-segment chain: 0, 1, 2 at its joints, linear beyond both
     ends."""
-    best, where = None, None
+    gaps, places = [], []
     for k in range(2):
         start, step = joints[k], joints[k + 1] - joints[k]
         t = (points - start) @ step / (step @ step)
-        gap = np.linalg.norm(points - start - np.clip(t, 0, 1)[:, None] * step, axis=1)
-        t = np.minimum(t, 1) if k == 0 else np.maximum(t, 0) + 1
-        best, where = (gap, t) if best is None else (np.minimum(best, gap), np.where(gap < best, t, where))
-    return where
+        gaps.append(np.linalg.norm(points - start - np.clip(t, 0, 1)[:, None] * step, axis=1))
+        places.append(np.minimum(t, 1) if k == 0 else np.maximum(t, 0) + 1)
+    return np.where(gaps[1] < gaps[0], places[1], places[0])
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def hair_offset(canon: np.ndarray, normals: np.ndarray, field: np.ndarray, style
     amount = amount + inside * low * (0.018 if style == "bob" else 0.014 - 0.008 * smoothstep(0.56, 0.53, z))
     offset = amount[:, None] * normals
     # Ears vanish under hanging hair: press them flat and lift them with their surroundings.
-    ears = np.flatnonzero(is_ear(canon * np.float32([1.03, 1, 1])))
+    ears = np.flatnonzero(is_ear(canon * np.array([1.03, 1, 1], np.float32)))
     side = np.sign(x[ears])
     offset[ears] = 0
     offset[ears, 0] = side * (0.068 - np.abs(x[ears]) + amount[ears])

@@ -94,7 +94,7 @@ def _mix(low: Vector, high: Vector, numbers: Sequence[float]) -> np.ndarray:
 
 
 def _down(body: BodyFrame, side: int, numbers: Sequence[float], swing: float) -> tuple:
-    offset = np.float32([0.10 + 0.10 * body.weight, -0.06 + swing, -0.97]) * body.arm_lengths[side]
+    offset = np.array([0.10 + 0.10 * body.weight, -0.06 + swing, -0.97], np.float32) * body.arm_lengths[side]
     return body.shoulders[side], body.chest_rotation, offset, (0.5, 0.6, 0), (0, -0.12, -1), (-1, 0, 0)
 
 
@@ -151,7 +151,7 @@ def arm_target(name: str, body: BodyFrame, side: int, numbers: Sequence[float], 
     `numbers[0:3]` mix the wrist, `[3:6]` the hand direction; "crossed" and "clasped" read `[0] >= .5` as the
     outer arm. KeyError for an unknown gesture.
     """
-    mirror = np.float32([1 if side == 0 else -1, 1, 1])
+    mirror = np.array([1 if side == 0 else -1, 1, 1], np.float32)
     if name in REACHES:
         r = REACHES[name]
         origin, rotation = body.shoulders[side], body.chest_rotation

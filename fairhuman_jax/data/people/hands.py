@@ -54,7 +54,7 @@ def hand_axes(pack: PeoplePack, joints: np.ndarray) -> tuple[np.ndarray, np.ndar
     q = cross(index - wrist, little - wrist)
     q = unit(q - (q * d).sum(-1, keepdims=True) * d)
     # Palms of the hanging rest pose look inwards: the left one to -x, the right one to +x.
-    q = q * np.where(q[:, :1] * np.float32([[-1], [1]]) < 0, np.float32(-1), np.float32(1))
+    q = q * np.where(q[:, :1] * np.array([[-1], [1]], np.float32) < 0, np.float32(-1), np.float32(1))
     return d, q, unit(index - little)
 
 

@@ -162,7 +162,7 @@ def drawable(pack: PeoplePack, posed: np.ndarray, wardrobe: Wardrobe, seat: np.n
     if seat is None:
         return Drawable(posed, faces, part, attributes)
     floor = float(posed[~fixed.fields.skirt, 2].min())
-    box, box_faces, box_normals = stool(seat + np.float32([0, 0.03, 0.01]), floor)
+    box, box_faces, box_normals = stool(seat + np.array([0, 0.03, 0.01], np.float32), floor)
     rows = np.full((len(box), ATTRIBUTES), -9.0, dtype=np.float32)
     rows[:, 3:6] = box_normals
     return Drawable(

@@ -68,7 +68,7 @@ class PeoplePack:
 
 def pack_bytes() -> bytes:
     """The pack file as shipped; FileNotFoundError when the package data was not installed."""
-    return resources.files(__package__).joinpath(PACK_FILE).read_bytes()
+    return resources.files(__name__.rpartition(".")[0]).joinpath(PACK_FILE).read_bytes()
 
 
 @functools.cache

@@ -99,7 +99,7 @@ def leg_rotations(
         leg = joints[pack.bone[f"foot.{side}"]] - joints[pack.bone[name]]
         sign = 1.0 if i == 0 else -1.0
         turn = np.arctan2(leg[0], -leg[2]) - sign * np.deg2rad(splay[i])
-        out[name] = euler(rotations.get(name, (0, 0, 0))) @ axis_angle(np.float32([0, 1, 0]), turn)
+        out[name] = euler(rotations.get(name, (0, 0, 0))) @ axis_angle(np.array([0, 1, 0], np.float32), turn)
     return out
 
 
@@ -114,7 +114,7 @@ def body_frame(pack: PeoplePack, shaped: Shaped, rotations: np.ndarray, heads: n
     root, pelvis, head = bone["root"], bone["pelvis.L"], bone["head"]
     torso = torso_vertices(pack)
     hip_height = float(joints[pairs["upperleg01"], 2].mean())
-    belly = np.float32([0, front(shaped, torso, hip_height), hip_height])
+    belly = np.array([0, front(shaped, torso, hip_height), hip_height], np.float32)
     weight, woman = float(identity["weight"]), float(identity["gender"]) > 0.5
     return BodyFrame(
         shoulders=heads[pairs["upperarm01"]],
@@ -148,15 +148,15 @@ class _Arm:
 def _solve_arm(pack: PeoplePack, joints: np.ndarray, shoulder: np.ndarray, target: ArmTarget, side: int, axes) -> _Arm:
     rest = joints[[pack.bone[f"{b}.{SIDES[side]}"] for b in ("upperarm01", "lowerarm01", "wrist")]]
     rest_upper, rest_lower = rest[1] - rest[0], rest[2] - rest[1]
-    lengths = [float(np.sqrt(v @ v)) for v in (rest_upper, rest_lower)]
-    elbow, wrist = two_bone_ik(shoulder, target.wrist, *lengths, target.pole)
+    upper_length, lower_length = (float(np.sqrt(v @ v)) for v in (rest_upper, rest_lower))
+    elbow, wrist = two_bone_ik(shoulder, target.wrist, upper_length, lower_length, target.pole)
     # The rest elbow is bent, so the bend normal exists there; targets stay short of a straight arm.
     rest_normal = cross(rest_upper, rest_lower)
     normal = cross(elbow - shoulder, wrist - elbow)
     upper = frame(elbow - shoulder, normal) @ frame(rest_upper, rest_normal).T
     lower = frame(wrist - elbow, normal) @ frame(rest_lower, rest_normal).T
     hand = frame(target.direction, target.palm) @ frame(axes[0][side], axes[1][side]).T
-    axis = rest_lower / np.float32(lengths[1])
+    axis = rest_lower / np.float32(lower_length)
     return _Arm(upper, lower, hand, twist_angle(lower.T @ hand, axis), axis)
 
 
@@ -211,4 +211,4 @@ def _seat(pack: PeoplePack, vertices: np.ndarray, body: BodyFrame) -> np.ndarray
     near = near[np.abs(near[:, 1] - hips[1]) < SEAT_RADIUS]
     near = near[np.abs(near[:, 0] - hips[0]) < 2 * SEAT_RADIUS]
     near = near[np.abs(near[:, 2] - hips[2]) < 2 * SEAT_RADIUS]
-    return np.float32([hips[0], hips[1], near[:, 2].min()])
+    return np.array([hips[0], hips[1], near[:, 2].min()], np.float32)

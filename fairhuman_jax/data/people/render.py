@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 
 from fairhuman_jax.data.people import labels, mesh, palette
@@ -74,7 +76,7 @@ def _image(
     shadow = contact(depth.reshape(wide, wide), depth.reshape(wide, wide) > 0, camera.distance, camera.half_height)
     picture[fragments.pixel] = colour * shadow.ravel()[fragments.pixel, None]
     samples = picture.reshape(size, supersample, size, supersample * 3)
-    rows = sum(samples[:, k] for k in range(supersample))
+    rows = reduce(np.add, (samples[:, k] for k in range(supersample)))
     mean = sum(rows[..., 3 * k : 3 * k + 3] for k in range(supersample)) / np.float32(supersample**2)
     return (np.clip(mean, 0, 1) * 255 + 0.5).astype(np.uint8)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _NEXT, _LAST = [1, 2, 0], [2, 0, 1]
@@ -33,7 +35,7 @@ def rotation_vector(vector: np.ndarray) -> np.ndarray:
     return axis_angle(vector / np.maximum(angle, 1e-12)[..., None], angle)
 
 
-def euler(degrees: np.ndarray) -> np.ndarray:
+def euler(degrees: np.ndarray | Sequence[float]) -> np.ndarray:
     """R = Rz Ry Rx of angles [..., 3] = (x, y, z) in degrees."""
     axes = axis_angle(np.eye(3, dtype=np.float32), np.deg2rad(np.asarray(degrees, np.float32)))
     return axes[..., 2, :, :] @ axes[..., 1, :, :] @ axes[..., 0, :, :]
