@@ -8,8 +8,7 @@ Both steps are the trainer's own (training/step.py) on latents encoded beforehan
 alone: one forward and one backward pass, as any LoRA trainer. "fair" has all three: one forward pass and three
 cotangents pulled back together, the Gram matrix, the weights. Stacks are unrolled (scan=False), because XLA counts the
 body of a loop once. "lowered" counts the program as JAX hands it over, "compiled" what is left after XLA's
-optimisation. On CPU XLA removes the barriers that keep recomputation apart and merges it with the first computation,
-so remat shows in the lowered figures only; on GPU and TPU the lowered figure is the one that is run.
+optimisation; where both agree, nothing of the recomputation under remat was merged with the first computation.
 """
 
 from __future__ import annotations

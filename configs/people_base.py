@@ -45,6 +45,7 @@ SCHEDULER = {
     "beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
+    "steps_offset": 1,
     "clip_sample": False,
     "set_alpha_to_one": True,
 }

@@ -44,7 +44,8 @@ def overlay(
     texts = ["\n".join(textwrap.wrap(text, per_line)) for text in captions or [""] * count]
     if len(texts) != count:
         raise ValueError(f"{len(texts)} captions for {count} images")
-    below = 4 + 15 * max(len(text.splitlines()) for text in texts)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    below = 5 + max(int(ruler.multiline_textbbox((0, 0), text, font=font)[3]) for text in texts)
     columns = min(columns, count)
     rows = -(-count // columns)
     sheet = Image.new("RGB", (columns * width, rows * (side + below)), "white")
