@@ -167,7 +167,7 @@ def _sequence(text: str, kind: Any, arguments: tuple[Any, ...]) -> Any:
         parts = [part.strip() for part in inner.split(",") if part.strip()]
         return kind(_read(part, arguments[0]) for part in parts)
     values = _python(text if text[:1] in "([" else f"({text},)", (tuple, list))
-    return kind(_decode(list(values), kind[arguments], "value"))
+    return kind(_decode(list(values), kind.__class_getitem__(arguments), "value"))
 
 
 def _python(text: str, kind: Any) -> Any:

@@ -20,6 +20,7 @@ from fairhuman_jax.losses import denoising_loss, min_snr_weight
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
 from fairhuman_jax.systems.contract import Batch
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
+from fairhuman_jax.systems.pipelines import open_pipeline
 from fairhuman_jax.weights import Pipeline, load_model, load_tokenizer, save_pipeline
 
 PyTree = Any
@@ -29,7 +30,8 @@ PyTree = Any
 class TextToImageConfig:
     """A base model from nothing but a trained autoencoder and a tokenizer.
 
-    vae, tokenizer: folders; unet, text_encoder, scheduler: configs in diffusers' and transformers' keys; snr_gamma:
+    vae, tokenizer: folders; unet, text_encoder, scheduler: configs in diffusers' and transformers' keys; start: a
+    pipeline folder (or "people") whose denoiser and text encoder to train on from, None for random ones; snr_gamma:
     min-SNR weighting, or None.
     """
 
@@ -38,12 +40,13 @@ class TextToImageConfig:
     unet: Mapping[str, Any] = field(default_factory=dict)
     text_encoder: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    start: str | None = None
     snr_gamma: float | None = None
     remat: str = "none"
     dtype: str = "float32"
 
     def build(self) -> TextToImage:
-        """Reads autoencoder and tokenizer. Errors: folders that are missing or hold something else."""
+        """Reads autoencoder and tokenizer, and what to start from. Errors: folders that are missing or do not fit."""
         runtime = {"dtype": jnp.dtype(self.dtype), "remat": self.remat}
         vae, vae_params = load_model(self.vae, dtype=self.dtype, remat=self.remat)
         pipeline = Pipeline(
@@ -54,7 +57,21 @@ class TextToImageConfig:
             schedule=NoiseSchedule.from_config(self.scheduler),
             params={"vae": vae_params},
         )
-        return TextToImage(pipeline=pipeline, config=self)
+        return TextToImage(pipeline=self._started(pipeline), config=self)
+
+    def _started(self, pipeline: Pipeline) -> Pipeline:
+        """With the parameters of `start`, whose networks must be those of this configuration."""
+        if self.start is None:
+            return pipeline
+        start = open_pipeline(self.start)
+        for name, ours, theirs in (
+            ("unet", pipeline.unet, start.unet),
+            ("text_encoder", pipeline.text_encoders[0], start.text_encoders[0]),
+        ):
+            if ours.to_config() != theirs.to_config():
+                raise ValueError(f"system.start={self.start}: its {name} has another config than this run's")
+        trained = {name: start.params[name] for name in ("unet", "text_encoder")}
+        return replace(pipeline, params=pipeline.params | trained)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +81,15 @@ class TextToImage(LatentDiffusion):
     config: TextToImageConfig
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """Random denoiser and text encoder, and the frozen autoencoder."""
-        unet_key, text_key = jax.random.split(key)
-        unet, encoder = self.pipeline.unet, self.pipeline.text_encoders[0]
-        trainable = {
-            "unet": jax.jit(unet.init)(unet_key, *unet.example_inputs())["params"],
-            "text_encoder": jax.jit(encoder.init)(text_key, *encoder.example_inputs())["params"],
-        }
+        """Denoiser and text encoder, random or those of `start`, and the frozen autoencoder."""
+        networks = {"unet": self.pipeline.unet, "text_encoder": self.pipeline.text_encoders[0]}
+        trainable = {}
+        for name, network_key in zip(networks, jax.random.split(key), strict=True):
+            if name in self.pipeline.params:
+                trainable[name] = jax.tree.map(lambda x: x.astype(jnp.float32), self.pipeline.params[name])
+            else:
+                network = networks[name]
+                trainable[name] = jax.jit(network.init)(network_key, *network.example_inputs())["params"]
         return trainable, {"vae": self.pipeline.params["vae"]}
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:

@@ -111,3 +111,13 @@ def test_cached_latents_are_drawn_like_those_of_images(system):
 def test_folders_that_are_missing_are_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"vae: no such folder; a model folder holds"):
         TextToImageConfig(vae=str(tmp_path / "vae"), tokenizer=str(tmp_path)).build()
+
+
+def test_training_starts_from_another_pipeline(system, run, tmp_path):
+    _, trained, _ = run
+    system.export(trained, {"vae": system.pipeline.params["vae"]}, tmp_path, {})
+    again, _ = replace(system.config, start=str(tmp_path)).build().init(KEY)
+    assert_trees_close(again, trained, 2e-3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(jnp.float32)}
+    with pytest.raises(ValueError, match="its text_encoder has another config"):
+        replace(system.config, start=str(tmp_path), text_encoder=clip_config(num_hidden_layers=2)).build()
