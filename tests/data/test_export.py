@@ -97,6 +97,6 @@ def test_overlay_tints_regions_only():
     sheet = overlay(batch, ["short", "a much longer caption that has to be wrapped over several lines", ""], columns=2)
     width = 128 * 48 // 18
     assert sheet.width == 2 * width and sheet.height % 2 == 0 and sheet.height // 2 > 128
-    assert overlay({"image": batch["image"]}).height == 128 + 4
+    assert overlay({"image": batch["image"]}).height == 128 + 5
     with pytest.raises(ValueError, match="1 captions for 3 images"):
         overlay(batch, ["one"])
