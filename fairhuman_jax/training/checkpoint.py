@@ -27,6 +27,13 @@ class Checkpointer:
         """The last complete checkpoint, or None."""
         return self._manager.latest_step()
 
+    def newest(self) -> int:
+        """The step to resume from. Errors: there is none."""
+        step = self.latest_step
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint to resume from in {self.folder}; start without --resume")
+        return step
+
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
         """Begins a save; the arrays are copied before this returns, the files are written in the background."""
         args = ocp.args.Composite(
@@ -41,9 +48,7 @@ class Checkpointer:
 
         Errors: no checkpoint, or one of another model or optimiser.
         """
-        step = self.latest_step
-        if step is None:
-            raise FileNotFoundError(f"no checkpoint to resume from in {self.folder}; start without --resume")
+        step = self.newest()
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(state))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore())
         try:

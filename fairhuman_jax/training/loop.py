@@ -17,7 +17,7 @@ from fairhuman_jax.config import to_dict
 from fairhuman_jax.data.loader import BatchIterator
 from fairhuman_jax.data.preview import overlay
 from fairhuman_jax.evaluation.held_out import make_held_out_losses
-from fairhuman_jax.systems.contract import System
+from fairhuman_jax.systems.contract import PreviewConfig, System
 from fairhuman_jax.training.checkpoint import Checkpointer
 from fairhuman_jax.training.config import RunConfig
 from fairhuman_jax.training.datasets import held_out_batches, open_data, training_batches
@@ -81,6 +81,7 @@ class Run:
 def prepare(config: RunConfig, *, resume: bool) -> Run:
     """Builds everything, reads the data and, on `resume`, the newest checkpoint; nothing is trained yet."""
     settings, output = config.train, Path(config.output)
+    checkpoints = _open_checkpoints(output, settings.keep_checkpoints, resume=resume)
 
     # ---- system ----------------------------------------------------------------------------------------------------
     mesh = make_mesh(settings.fsdp)
@@ -94,22 +95,11 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     batches = training_batches(training, system, config.data, settings, frozen)
     held_out_host = held_out_batches(held_out, system, config.data, settings.batch_size)
     held_out_device = [shard_batch(mesh, batch) for batch in held_out_host]
-    request, titles = system.preview(config.preview, held_out_host[0])
-    sample = jax.jit(system.sample)
 
-    def draw(trainable: PyTree, frozen: PyTree) -> np.ndarray:
-        return np.asarray(sheet(np.asarray(sample(trainable, frozen, request, preview_key)), titles))
-
-    # ---- state, step, checkpoints ----------------------------------------------------------------------------------
+    # ---- state and step --------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, settings.steps)
     state = init_state(trainable, optimizer, step_key, ema=settings.ema_decay is not None)
     state = replicate(mesh, state)
-    checkpoints = Checkpointer(output / "checkpoints", keep=settings.keep_checkpoints)
-    if not resume and checkpoints.latest_step is not None:
-        raise ValueError(
-            f"{output} holds a run at step {checkpoints.latest_step}: --resume goes on with it, "
-            "--set output=FOLDER starts another"
-        )
     if resume:
         state, position = checkpoints.restore(state)
         batches.set_state(position)
@@ -142,7 +132,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
             enabled=jax.process_index() == 0,
         ),
         measure=make_held_out_losses(system, held_out_device, held_out_key),
-        draw=draw,
+        draw=_previewer(system, config.preview, held_out_host[0], preview_key),
         example=held_out_host[0],
     )
 
@@ -196,6 +186,32 @@ def train(config: RunConfig, *, resume: bool = False) -> Result:
         exported=exported,
         picture=_before_and_after(output, settings.steps),
     )
+
+
+def _open_checkpoints(output: Path, keep: int, *, resume: bool) -> Checkpointer:
+    """The run's checkpoints; refuses to write a new run over an old one, or to resume what does not exist."""
+    checkpoints = Checkpointer(output / "checkpoints", keep=keep)
+    if resume:
+        checkpoints.newest()
+    elif checkpoints.latest_step is not None:
+        raise ValueError(
+            f"{output} holds a run at step {checkpoints.latest_step}: --resume goes on with it, "
+            "--set output=FOLDER starts another"
+        )
+    return checkpoints
+
+
+def _previewer(
+    system: System, config: PreviewConfig, held_out: Mapping[str, np.ndarray], key: jax.Array
+) -> Callable[[PyTree, PyTree], np.ndarray]:
+    """`draw(trainable, frozen) -> contact sheet uint8 [H, W, 3]`: the same request each time."""
+    request, titles = system.preview(config, dict(held_out))
+    sample = jax.jit(system.sample)
+
+    def draw(trainable: PyTree, frozen: PyTree) -> np.ndarray:
+        return np.asarray(sheet(np.asarray(sample(trainable, frozen, request, key)), titles))
+
+    return draw
 
 
 class Clock:
