@@ -27,7 +27,7 @@ def config() -> RunConfig:
         system=FairHumanConfig(base="people", rank=16),
         output="runs/people_lora",
         data=DataConfig(length=1_536, held_out=128, resolution=64, seed=1),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=10),
+        optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=10),
         train=TrainConfig(steps=120, batch_size=16, ema_decay=0.98, checkpoint_every=40),
         preview=PreviewConfig(prompts=PROMPTS, steps=30, guidance=3.0),
     )

@@ -146,7 +146,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Result:
     first = int(run.state.step)
     if first == 0:
         (output / "config.json").write_text(json.dumps(to_dict(config), indent=1))
-        overlay(run.example).save(output / "batch.png")
+        _first_batch(run).save(output / "batch.png")
         (output / "before.json").write_text(json.dumps(run.losses()))
         run.picture(0)
 
@@ -186,6 +186,14 @@ def train(config: RunConfig, *, resume: bool = False) -> Result:
         exported=exported,
         picture=_before_and_after(output, settings.steps),
     )
+
+
+def _first_batch(run: Run) -> Image.Image:
+    """Picture of the first training batch with its masks, or of a held-out one where training is on cached latents."""
+    start = run.batches.get_state()
+    batch = next(run.batches)
+    run.batches.set_state(start)
+    return overlay(batch if "image" in batch else run.example)
 
 
 def _open_checkpoints(output: Path, keep: int, *, resume: bool) -> Checkpointer:
