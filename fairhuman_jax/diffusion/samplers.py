@@ -1,8 +1,7 @@
-"""One sampling loop for every step rule: a scan over a table with one row for each call of the denoiser."""
+"""One sampling loop for every step rule, over a table with one row for each call of the denoiser."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,44 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.diffusion.prediction import to_x0_epsilon
-from fairhuman_jax.diffusion.schedule import NoiseSchedule, timesteps
+from fairhuman_jax.diffusion.schedule import NoiseSchedule
+from fairhuman_jax.diffusion.single_step import ddim
+from fairhuman_jax.diffusion.step_rule import StepRule, Table
 
 Array = jax.Array
 PyTree = Any
-Table = dict[str, np.ndarray]
-Row = dict[str, Array]
-
-
-def _no_history(latents: Array) -> PyTree:
-    return ()
-
-
-def _unit_start(schedule: NoiseSchedule, table: Table) -> float:
-    return 1.0
-
-
-def _unscaled(latents: Array, row: Row) -> Array:
-    return latents
-
-
-@dataclasses.dataclass(frozen=True)
-class StepRule:
-    """How a sampler moves from one noise level to the next; a record of pure functions.
-
-    `table(schedule, steps)`: constants of each step, numpy arrays with one leading axis, among them `timestep`.
-    `update(schedule, row, latents, prediction, history, noise) -> (latents, history)`: one step.
-    `inputs(latents, row)`: what the denoiser sees. `start(schedule, table)`: factor of unit noise at the first step.
-    `init(latents)`: history of a multistep rule. `stochastic`: whether `update` reads `noise` (else it gets None).
-    """
-
-    name: str
-    table: Callable[[NoiseSchedule, int], Table]
-    update: Callable[[NoiseSchedule, Row, Array, Array, PyTree, Array | None], tuple[Array, PyTree]]
-    stochastic: bool = False
-    inputs: Callable[[Array, Row], Array] = _unscaled
-    start: Callable[[NoiseSchedule, Table], float] = _unit_start
-    init: Callable[[Array], PyTree] = _no_history
+Hook = Callable[[Array, Array], Array]
 
 
 def sample(
@@ -59,124 +27,156 @@ def sample(
     rule: StepRule | None = None,
     *,
     noise: Array | None = None,
+    start: int | Array | None = None,
+    before_step: Hook | None = None,
+    after_step: Hook | None = None,
 ) -> Array:
-    """Sample: from unit noise `latents` [B, ...] to x_0 in `steps` steps of `rule` (default `ddim()`).
+    """Sample: from `latents` [B, ...] to x_0 in `steps` steps of `rule` (default `ddim()`).
 
     `predict(latents [B, ...], timesteps int32 or fp32 [B]) -> [B, ...]` in the schedule's prediction type; state is
-    fp32. Randomness of a stochastic rule comes from `key`, or from `noise` [N, B, ...] with one entry
-    for each row of the rule's table. `schedule`, `steps` and `rule` are static under jit; all else may be traced.
-    Returns fp32 [B, ...]. Raises ValueError when a stochastic rule gets neither key nor noise.
+    fp32. Fields that the schedule's file left out take the defaults of the rule's scheduler class.
+
+    `start` None: `latents` is unit noise. Else the row of the table to begin with (`start_row`), and `latents` lie on
+    that row's level (`start_latents`). An int is static, and gradients flow through the loop. A traced int32 scalar
+    lets one compilation serve every start: rows before it cost nothing, the rest is a while loop, so there are no
+    reverse-mode gradients, and under vmap over starts all examples take as many calls as the longest.
+
+    Randomness of a stochastic rule comes from `key`, one or one for each example (typed keys [B]), folded with the row;
+    or from `noise` [rows, B, ...] with one entry for each row of the rule's table (`row_count`).
+    `before_step(latents, row) -> latents` acts on what the denoiser is about to see, in the rule's scale;
+    `after_step(latents, row) -> latents` on the result of that row's step. `row` is an int32 scalar.
+
+    `schedule`, `steps` and `rule` are static under jit; all else may be traced. Returns fp32 [B, ...]. Raises
+    ValueError when a stochastic rule gets neither key nor noise, or a shape or start does not fit.
     """
     rule = rule or ddim()
-    table = rule.table(schedule, steps)
-    rows = table["timestep"].shape[0]
-    if rule.stochastic and key is None and noise is None:
+    schedule, table = _prepared(schedule, steps, rule)
+    rows, stochastic = table["timestep"].shape[0], "added" in table
+    if stochastic and key is None and noise is None:
         raise ValueError(f"sample: rule {rule.name} is stochastic; expected a key or noise")
     if noise is not None and noise.shape != (rows, *latents.shape):
         raise ValueError(f"sample: noise is {noise.shape}; expected {(rows, *latents.shape)}")
-    if schedule.prediction_type == "epsilon" and np.any(schedule.alphas_cumprod[table["timestep"].astype(int)] == 0):
-        raise ValueError("sample: an epsilon prediction is undefined at zero SNR; expected v_prediction or sample")
-    latents = latents.astype(jnp.float32) * rule.start(schedule, table)
+    if isinstance(start, (int, np.integer)) and not 0 <= start < rows:
+        raise ValueError(f"sample: start is {start}; expected a row in 0 .. {rows - 1}")
+    latents = latents.astype(jnp.float32)
+    if start is None:
+        latents, start = latents * rule.start(schedule, table), 0
+    columns = jax.tree.map(jnp.asarray, table)
+    injected = None if noise is None else jnp.asarray(noise, jnp.float32)
 
-    def step(carry: tuple[Array, PyTree], inputs: tuple[Row, Array | None, Array]) -> tuple[Any, None]:
+    def step(index: Array, carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         current, history = carry
-        row, injected, index = inputs
+        row = {name: jax.lax.dynamic_index_in_dim(column, index, keepdims=False) for name, column in columns.items()}
+        if before_step is not None:
+            current = before_step(current, index).astype(jnp.float32)
         times = jnp.broadcast_to(row["timestep"], current.shape[:1])
         prediction = predict(rule.inputs(current, row), times).astype(jnp.float32)
-        if rule.stochastic and injected is None and key is not None:
-            injected = jax.random.normal(jax.random.fold_in(key, index), current.shape, jnp.float32)
-        return rule.update(schedule, row, current, prediction, history, injected), None
+        fresh = None
+        if stochastic:
+            fresh = _unit_noise(key, index, current.shape) if injected is None else injected[index]
+        current, history = rule.update(schedule, row, current, prediction, history, fresh)
+        if after_step is not None:
+            current = after_step(current, index).astype(jnp.float32)
+        return current, history
 
-    (latents, _), _ = jax.lax.scan(
-        step, (latents, rule.init(latents)), (jax.tree.map(jnp.asarray, table), noise, jnp.arange(rows))
-    )
-    return latents
+    # With static bounds this is a scan.
+    return jax.lax.fori_loop(start, rows, step, (latents, rule.init(latents)))[0]
 
 
-def ddim(eta: float = 0.0) -> StepRule:
-    """DDIM (arXiv 2010.02502): x' = sqrt(a') x_0 + sqrt(1 - a' - s^2) noise + s z, s = eta sqrt(variance).
+def row_count(schedule: NoiseSchedule, steps: int, rule: StepRule) -> int:
+    """Rows of the rule's table, which is the number of denoiser calls: `steps`, for `pndm` one more."""
+    return _prepared(schedule, steps, rule)[1]["timestep"].shape[0]
 
-    The step goes from t to t - T // steps, as in diffusers, for every spacing.
+
+def start_row(steps: int, strength: float) -> int:
+    """First row of an image-to-image run: the last int(steps * strength) steps are taken, as in diffusers.
+
+    Host arithmetic; hand the result to a compiled function as an array, and another strength compiles nothing.
+    Raises ValueError for a strength outside (0, 1] or one that leaves no step.
     """
-
-    def table(schedule: NoiseSchedule, steps: int) -> Table:
-        times = timesteps(schedule, steps)
-        before = times - schedule.num_train_timesteps // steps
-        cumprod = schedule.alphas_cumprod64
-        final = 1.0 if schedule.set_alpha_to_one else cumprod[0]
-        now = cumprod[times]
-        then = np.where(before >= 0, cumprod[np.maximum(before, 0)], final)
-        variance = np.maximum((1.0 - then) / (1.0 - now) * (1.0 - now / then), 0.0)
-        added = eta * np.sqrt(variance)
-        columns = {
-            "signal": np.sqrt(now),
-            "spread": np.sqrt(1.0 - now),
-            "next_signal": np.sqrt(then),
-            "next_spread": np.sqrt(np.maximum(1.0 - then - added**2, 0.0)),
-            "added": added,
-        }
-        return {"timestep": times, **{name: column.astype(np.float32) for name, column in columns.items()}}
-
-    def update(
-        schedule: NoiseSchedule,
-        row: Row,
-        latents: Array,
-        prediction: Array,
-        history: PyTree,
-        noise: Array | None,
-    ) -> tuple[Array, PyTree]:
-        x0, epsilon = to_x0_epsilon(schedule.prediction_type, prediction, latents, row["signal"], row["spread"])
-        if schedule.clip_sample:
-            x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
-        moved = row["next_signal"] * x0 + row["next_spread"] * epsilon
-        return (moved if noise is None else moved + row["added"] * noise), history
-
-    return StepRule("ddim", table, update, stochastic=eta > 0)
+    taken = int(steps * strength)
+    if not 0.0 < strength <= 1.0 or taken < 1:
+        raise ValueError(f"strength is {strength}, which takes {taken} of {steps} steps; expected {1 / steps:g} .. 1")
+    return steps - taken
 
 
-def euler_ancestral() -> StepRule:
-    """Ancestral Euler in the variance-exploding form: to sigma_down, then noise of sigma_up back to the next sigma.
+def start_noise(noise: Array, schedule: NoiseSchedule, steps: int, rule: StepRule) -> Array:
+    """Unit noise brought to the scale of row 0, where a run without an image begins; fp32."""
+    schedule, table = _prepared(schedule, steps, rule)
+    return noise.astype(jnp.float32) * rule.start(schedule, table)
 
-    sigma_up^2 = sigma'^2 (sigma^2 - sigma'^2) / sigma^2, sigma_down^2 = sigma'^2 - sigma_up^2. The result at
-    sigma = 0 is x_0. Needs a finite sigma: not for a zero-SNR schedule.
+
+def start_latents(
+    x0: Array, noise: Array, schedule: NoiseSchedule, steps: int, rule: StepRule, start: int | Array
+) -> Array:
+    """Clean latents `x0` [B, ...] brought to the level of row `start` (may be traced) with unit `noise`; fp32.
+
+    signal x_0 + spread noise: sqrt(a) and sqrt(1 - a), for the Euler rules 1 and sigma.
     """
+    return _noised(x0, noise, _levels(schedule, steps, rule), start)
 
-    def table(schedule: NoiseSchedule, steps: int) -> Table:
-        if schedule.rescale_betas_zero_snr:
-            raise ValueError("euler_ancestral: a zero-SNR schedule has infinite sigma; expected ddim")
-        total = schedule.num_train_timesteps
-        times = timesteps(schedule, steps)
-        if schedule.timestep_spacing == "linspace":
-            times = np.linspace(0, total - 1, steps)[::-1]
-        cumprod = schedule.alphas_cumprod64
-        sigmas = np.interp(times, np.arange(total), np.sqrt((1.0 - cumprod) / cumprod))
-        following = np.append(sigmas[1:], 0.0)
-        up = np.sqrt(following**2 * (sigmas**2 - following**2) / sigmas**2)
-        down = np.sqrt(following**2 - up**2)
-        columns = {"timestep": times, "sigma": sigmas, "down": down, "up": up}
-        return {name: column.astype(np.float32) for name, column in columns.items()}
 
-    def update(
-        schedule: NoiseSchedule,
-        row: Row,
-        latents: Array,
-        prediction: Array,
-        history: PyTree,
-        noise: Array | None,
-    ) -> tuple[Array, PyTree]:
-        assert noise is not None, "a stochastic rule is given noise"
-        scale = jnp.sqrt(row["sigma"] ** 2 + 1.0)
-        _, epsilon = to_x0_epsilon(
-            schedule.prediction_type, prediction, latents / scale, 1.0 / scale, row["sigma"] / scale
-        )
-        return latents + (row["down"] - row["sigma"]) * epsilon + row["up"] * noise, history
+def keep_known(known: Array, noise: Array, mask: Array, schedule: NoiseSchedule, steps: int, rule: StepRule) -> Hook:
+    """`after_step` hook for inpainting with a 4-channel model: outside the mask the latents are those of the image.
 
-    def inputs(latents: Array, row: Row) -> Array:
-        return latents / jnp.sqrt(row["sigma"] ** 2 + 1.0)
+    `known` clean latents and `noise` [B, ...]; `mask` broadcastable to them, 1 = repaint. After each step the known
+    part is `known` on the level of the next row, with the same noise each time; after the last it is clean.
+    Source: diffusers' StableDiffusionInpaintPipeline.
+    """
+    levels = _levels(schedule, steps, rule)
 
-    def start(schedule: NoiseSchedule, table: Table) -> float:
-        # A run that starts below the last timestep meets signal as well as noise in its first latents.
-        leading = schedule.timestep_spacing == "leading"
-        return float(np.sqrt(table["sigma"][0] ** 2 + leading))
+    def blend(latents: Array, row: Array) -> Array:
+        return mask * latents + (1.0 - mask) * _noised(known, noise, levels, row + 1)
 
-    return StepRule("euler_ancestral", table, update, stochastic=True, inputs=inputs, start=start)
+    return blend
+
+
+def renoise_known(
+    known: Array,
+    mask: Array,
+    schedule: NoiseSchedule,
+    steps: int,
+    rule: StepRule,
+    *,
+    key: Array | None = None,
+    noise: Array | None = None,
+) -> Hook:
+    """`before_step` hook for inpainting: ahead of each call the known part is `known` on that row's level, fresh noise.
+
+    Arguments as `keep_known`; noise comes from `key` (one, or typed keys [B]), folded with the row, or from `noise`
+    [rows, B, ...]. Nothing is blended after the last step. Source: HandRefiner, cldm/ddim_hacked.py.
+    Raises ValueError when neither or both of key and noise are given.
+    """
+    if (key is None) == (noise is None):
+        raise ValueError("renoise_known: expected a key or noise, one of them")
+    levels = _levels(schedule, steps, rule)
+
+    def blend(latents: Array, row: Array) -> Array:
+        fresh = _unit_noise(key, row, latents.shape) if noise is None else jnp.asarray(noise)[row]
+        return mask * latents + (1.0 - mask) * _noised(known, fresh, levels, row)
+
+    return blend
+
+
+def _prepared(schedule: NoiseSchedule, steps: int, rule: StepRule) -> tuple[NoiseSchedule, Table]:
+    schedule = schedule.for_class(rule.class_name)
+    return schedule, rule.table(schedule, steps)
+
+
+def _levels(schedule: NoiseSchedule, steps: int, rule: StepRule) -> tuple[np.ndarray, np.ndarray]:
+    """(signal, spread) of each row, with the clean level after the last."""
+    table = _prepared(schedule, steps, rule)[1]
+    return np.append(table["signal"], np.float32(1.0)), np.append(table["spread"], np.float32(0.0))
+
+
+def _noised(x0: Array, noise: Array, levels: tuple[np.ndarray, np.ndarray], row: int | Array) -> Array:
+    signal, spread = (jnp.asarray(column)[row] for column in levels)
+    return signal * x0.astype(jnp.float32) + spread * noise.astype(jnp.float32)
+
+
+def _unit_noise(key: Array | None, row: Array, shape: tuple[int, ...]) -> Array:
+    """Noise of one row from one key, or from a key for each example."""
+    assert key is not None, "checked where the loop or the hook is made"
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1:
+        return jax.vmap(lambda one: jax.random.normal(jax.random.fold_in(one, row), shape[1:], jnp.float32))(key)
+    return jax.random.normal(jax.random.fold_in(key, row), shape, jnp.float32)

@@ -21,11 +21,13 @@ SPACINGS = ("leading", "trailing", "linspace")
 # Options that change what a sampler computes and that no rule here follows.
 _REFUSED_OPTIONS = (
     "thresholding",
-    "use_karras_sigmas",
     "use_exponential_sigmas",
     "use_beta_sigmas",
     "use_lu_lambdas",
     "use_flow_sigmas",
+    "use_dynamic_shifting",
+    "sigma_min",
+    "sigma_max",
 )
 _LINSPACE_CLASSES = (
     "EulerDiscreteScheduler",
@@ -41,6 +43,7 @@ _LINSPACE_CLASSES = (
 )
 _CLIPPING_CLASSES = ("DDIMScheduler", "DDPMScheduler")
 _KNOWN_CLASSES = (*_LINSPACE_CLASSES, *_CLIPPING_CLASSES, "PNDMScheduler", "LCMScheduler")
+_OWN_FIELDS = ("class_name", "extra", "defaulted")
 
 
 @jax.tree_util.register_static
@@ -51,7 +54,8 @@ class NoiseSchedule:
     Fields carry the names and meanings of diffusers' scheduler_config.json. Hashable and a static pytree: close over it
     or pass it to a jitted function, the tables become constants. Tables (fp32 numpy [num_train_timesteps], computed
     in fp64): `alphas_cumprod` a, `signal` sqrt(a), `noise` sqrt(1 - a), `snr` a / (1 - a), `sigma` sqrt((1 - a) / a).
-    `extra` keeps the other keys of the file for `to_config`.
+    `extra` keeps the other keys of the file for `option` and `to_config`; `defaulted` names the fields that the file
+    left to its class.
     """
 
     num_train_timesteps: int = 1000
@@ -68,6 +72,7 @@ class NoiseSchedule:
     rescale_betas_zero_snr: bool = False
     class_name: str = "DDIMScheduler"
     extra: tuple[tuple[str, Any], ...] = ()
+    defaulted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in (("prediction_type", PREDICTION_TYPES), ("timestep_spacing", SPACINGS)):
@@ -96,22 +101,25 @@ class NoiseSchedule:
         for option in _REFUSED_OPTIONS:
             if config.get(option):
                 raise ValueError(f"schedule: {option} = {config[option]!r} is not supported; expected false")
-        names = {field.name for field in dataclasses.fields(cls)} - {"class_name", "extra"}
+        names = {field.name for field in dataclasses.fields(cls)} - set(_OWN_FIELDS)
         known = {name: config.pop(name) for name in list(config) if name in names}
-        known.setdefault("timestep_spacing", "linspace" if class_name in _LINSPACE_CLASSES else "leading")
         known.setdefault("clip_sample", class_name in _CLIPPING_CLASSES)
-        known.setdefault("set_alpha_to_one", class_name != "PNDMScheduler")
+        defaults = {name: value for name, value in _class_defaults(class_name).items() if name not in known}
+        if class_name == "PNDMScheduler":
+            config.setdefault("skip_prk_steps", False)
         if known.get("trained_betas") is not None:
             known["trained_betas"] = tuple(float(beta) for beta in known["trained_betas"])
         extra = tuple(sorted((key, _frozen(value)) for key, value in config.items() if key[0] != "_"))
-        return cls(**known, class_name=class_name or "DDIMScheduler", extra=extra)
+        # Without a class the values are nobody's defaults, and no rule changes them.
+        defaulted = tuple(sorted(defaults)) if class_name else ()
+        return cls(**known, **defaults, class_name=class_name or "DDIMScheduler", extra=extra, defaulted=defaulted)
 
     def to_config(self) -> dict[str, Any]:
         """The content of a scheduler_config.json that diffusers loads to the same schedule."""
         config = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("class_name", "extra")
+            if field.name not in (*_OWN_FIELDS, *self.defaulted)
         }
         config["trained_betas"] = None if self.trained_betas is None else list(self.trained_betas)
         return {
@@ -119,6 +127,21 @@ class NoiseSchedule:
             **config,
             **{key: _thawed(value) for key, value in self.extra},
         }
+
+    def for_class(self, class_name: str) -> NoiseSchedule:
+        """The schedule as another scheduler class reads the same file: fields that the file left out take its defaults.
+
+        `timestep_spacing` and `set_alpha_to_one` differ between classes. `clip_sample` is not switched on by a change
+        of class: clipping to [-1, 1] is meant for pixels, and a file of a class without it describes latents.
+        """
+        if class_name == self.class_name:
+            return self
+        defaults = {name: value for name, value in _class_defaults(class_name).items() if name in self.defaulted}
+        return dataclasses.replace(self, class_name=class_name, **defaults)
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """A key of the file that is not a field, such as `use_karras_sigmas`; `default` where it is absent."""
+        return dict(self.extra).get(name, default)
 
     @functools.cached_property
     def alphas_cumprod64(self) -> np.ndarray:
@@ -152,19 +175,23 @@ class NoiseSchedule:
             return _fp32(np.sqrt((1.0 - self.alphas_cumprod64) / self.alphas_cumprod64))
 
 
-def timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+def timesteps(schedule: NoiseSchedule, steps: int, *, intervals: bool = False) -> np.ndarray:
     """The `steps` timesteps of a sampling run, int32, descending, by the schedule's spacing and offset.
 
     With T training steps: linspace spreads [0, T - 1] evenly; leading takes i * (T // steps) + steps_offset; trailing
-    takes T - 1, T - 1 - T / steps, ... Raises ValueError when `steps` or the offset leaves [0, T - 1].
+    takes T - 1, T - 1 - T / steps, ... With `intervals`, linspace and leading spread steps + 1 points and leave out
+    the last (DPM-Solver, UniPC). Raises ValueError when `steps` or the offset leaves [0, T - 1].
     """
     total = schedule.num_train_timesteps
-    if not 1 <= steps <= total:
-        raise ValueError(f"timesteps: steps is {steps}; expected 1 .. {total} (num_train_timesteps)")
+    points = steps + intervals
+    if not 1 <= steps <= total - intervals:
+        raise ValueError(
+            f"timesteps: steps is {steps}; expected 1 .. {total - intervals} (num_train_timesteps is {total})"
+        )
     if schedule.timestep_spacing == "linspace":
-        table = np.round(np.linspace(0, total - 1, steps))[::-1]
+        table = np.round(np.linspace(0, total - 1, points))[::-1][:steps]
     elif schedule.timestep_spacing == "leading":
-        table = np.arange(steps)[::-1] * (total // steps) + schedule.steps_offset
+        table = np.arange(points)[::-1][:steps] * (total // points) + schedule.steps_offset
     else:
         table = np.round(total - np.arange(steps) * (total / steps)) - 1
     if table.max() >= total:
@@ -213,6 +240,14 @@ def sample_timesteps(key: Array, shape: tuple[int, ...], num: int, mode: str = "
         scaled = jnp.floor((1.0 - jax.random.uniform(key, shape) ** 3) * num)
         return jnp.clip(scaled, 0, num - 1).astype(jnp.int32)
     raise ValueError(f"sample_timesteps: unknown mode {mode!r}; known: uniform, cubic")
+
+
+def _class_defaults(class_name: str | None) -> dict[str, Any]:
+    """Fields whose default differs between the scheduler classes of diffusers."""
+    return {
+        "timestep_spacing": "linspace" if class_name in _LINSPACE_CLASSES else "leading",
+        "set_alpha_to_one": class_name != "PNDMScheduler",
+    }
 
 
 def _betas(schedule: NoiseSchedule) -> np.ndarray:

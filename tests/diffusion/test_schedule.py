@@ -67,7 +67,8 @@ def test_absent_keys_take_the_defaults_of_the_class():
     ("config", "message"),
     [
         ({"thresholding": True}, "thresholding = True is not supported"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"use_exponential_sigmas": True}, "use_exponential_sigmas = True"),
+        ({"sigma_min": 0.002}, "sigma_min = 0.002"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing is 'karras'"),

@@ -1,20 +1,11 @@
-"""Schedules and full sampling loops against diffusers, with a fixed analytic denoiser."""
+"""Noise schedules and timesteps against diffusers."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fairhuman_jax.diffusion import (
-    NoiseSchedule,
-    add_noise,
-    ddim,
-    euler_ancestral,
-    sample,
-    timesteps,
-    velocity,
-)
+from fairhuman_jax.diffusion import NoiseSchedule, add_noise, timesteps, velocity
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -24,15 +15,6 @@ STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 
 def config(**changes) -> dict:
     return {**STABLE, "steps_offset": 1, "set_alpha_to_one": False, **changes}
-
-
-def torch_predict(x, t):
-    """A denoiser in closed form that depends on position and timestep."""
-    return torch.tanh(0.8 * x + 0.3) * (0.5 + float(t) / 2000.0) - 0.1 * x
-
-
-def jax_predict(x, t):
-    return jnp.tanh(0.8 * x + 0.3) * (0.5 + t[:, None, None, None] / 2000.0) - 0.1 * x
 
 
 def start(shape=(2, 6, 6, 4)) -> np.ndarray:
@@ -81,49 +63,3 @@ def test_timesteps(spacing, steps):
     theirs.set_timesteps(steps)
     ours = NoiseSchedule.from_config(dict(theirs.config))
     np.testing.assert_array_equal(timesteps(ours, steps), theirs.timesteps.numpy())
-
-
-LOOPS = [
-    ("epsilon", "leading", False, 0.0, False),
-    ("epsilon", "trailing", False, 0.0, False),
-    ("epsilon", "linspace", False, 1.0, False),
-    ("v_prediction", "leading", False, 0.6, False),
-    ("v_prediction", "trailing", True, 0.0, False),
-    ("sample", "trailing", True, 1.0, False),
-    ("sample", "leading", False, 0.0, True),
-    ("epsilon", "leading", False, 0.0, True),
-]
-
-
-@pytest.mark.parametrize(("kind", "spacing", "zero", "eta", "clip"), LOOPS)
-def test_full_ddim_loop(kind, spacing, zero, eta, clip):
-    steps = 11
-    settings = config(prediction_type=kind, timestep_spacing=spacing, rescale_betas_zero_snr=zero)
-    theirs = diffusers.DDIMScheduler(**settings | {"clip_sample": clip})
-    theirs.set_timesteps(steps)
-    noise = np.random.default_rng(1).normal(size=(steps, 2, 6, 6, 4)).astype(np.float32)
-    x = torch.from_numpy(start())
-    for index, t in enumerate(theirs.timesteps):
-        extra = {"eta": eta, "variance_noise": torch.from_numpy(noise[index])} if eta else {}
-        x = theirs.step(torch_predict(x, t), t, x, **extra).prev_sample
-    ours = NoiseSchedule.from_config(dict(theirs.config))
-    result = sample(jax_predict, jnp.asarray(start()), None, ours, steps, ddim(eta), noise=noise if eta else None)
-    np.testing.assert_allclose(result, x.numpy(), rtol=2e-4, atol=2e-4 * float(x.abs().max()))
-
-
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_full_euler_ancestral_loop(kind, spacing):
-    steps = 9
-    settings = {key: value for key, value in config().items() if key not in ("clip_sample", "set_alpha_to_one")}
-    theirs = diffusers.EulerAncestralDiscreteScheduler(**settings, prediction_type=kind, timestep_spacing=spacing)
-    theirs.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.from_numpy(start()) * theirs.init_noise_sigma
-    for t in theirs.timesteps:
-        x = theirs.step(torch_predict(theirs.scale_model_input(x, t), t), t, x, generator=generator).prev_sample
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.stack([torch.randn(x.shape, generator=generator) for _ in range(steps)]).numpy()
-    ours = NoiseSchedule.from_config(dict(theirs.config, _class_name="EulerAncestralDiscreteScheduler"))
-    result = sample(jax_predict, jnp.asarray(start()), None, ours, steps, euler_ancestral(), noise=noise)
-    np.testing.assert_allclose(result, x.numpy(), rtol=2e-4, atol=2e-4 * float(x.abs().max()))

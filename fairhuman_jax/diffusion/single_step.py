@@ -1,0 +1,151 @@
+"""Step rules without memory: DDIM, DDPM, Euler and ancestral Euler."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fairhuman_jax.diffusion.prediction import to_x0_epsilon
+from fairhuman_jax.diffusion.schedule import NoiseSchedule, timesteps
+from fairhuman_jax.diffusion.sigmas import final_sigma, single_step_levels
+from fairhuman_jax.diffusion.step_rule import PyTree, Row, StepRule, Table, fp32_columns
+
+Array = jax.Array
+
+
+@functools.cache
+def ddim(eta: float = 0.0) -> StepRule:
+    """DDIM (arXiv 2010.02502): x' = sqrt(a') x_0 + sqrt(1 - a' - s^2) noise + s z, s = eta sqrt(variance).
+
+    The step goes from t to t - T // steps, as in diffusers, for every spacing. `clip_sample` is followed.
+    """
+
+    def table(schedule: NoiseSchedule, steps: int) -> Table:
+        times = timesteps(schedule, steps)
+        before = times - schedule.num_train_timesteps // steps
+        cumprod = schedule.alphas_cumprod64
+        final = 1.0 if schedule.set_alpha_to_one else cumprod[0]
+        then = np.where(before >= 0, cumprod[np.maximum(before, 0)], final)
+        return _transitions(schedule, times, then, eta)
+
+    return StepRule("ddim", "DDIMScheduler", table, _posterior_step)
+
+
+@functools.cache
+def ddpm() -> StepRule:
+    """Ancestral sampling from the posterior q(x' | x, x_0) (arXiv 2006.11239), variance beta (1 - a') / (1 - a).
+
+    On leading timesteps the same as `ddim(1.0)` with `set_alpha_to_one`. Raises ValueError for a `variance_type` other
+    than fixed_small.
+    """
+
+    def table(schedule: NoiseSchedule, steps: int) -> Table:
+        kind = schedule.option("variance_type", "fixed_small")
+        if kind not in (None, "fixed_small"):
+            raise ValueError(f"ddpm: variance_type {kind!r} is not supported; expected 'fixed_small'")
+        times = timesteps(schedule, steps)
+        then = np.append(schedule.alphas_cumprod64[times[1:]], 1.0)
+        return _transitions(schedule, times, then, 1.0)
+
+    return StepRule("ddpm", "DDPMScheduler", table, _posterior_step)
+
+
+def _transitions(schedule: NoiseSchedule, times: np.ndarray, then: np.ndarray, eta: float) -> Table:
+    """Columns of the steps from a_t at `times` to `then`, both in fp64."""
+    now = schedule.alphas_cumprod64[times]
+    if schedule.prediction_type == "epsilon" and np.any(now == 0):
+        raise ValueError("sample: an epsilon prediction is undefined at zero SNR; expected v_prediction or sample")
+    added = eta * np.sqrt(np.maximum((1.0 - then) / (1.0 - now) * (1.0 - now / then), 0.0))
+    columns = {
+        "signal": np.sqrt(now),
+        "spread": np.sqrt(1.0 - now),
+        "next_signal": np.sqrt(then),
+        "next_spread": np.sqrt(np.maximum(1.0 - then - added**2, 0.0)),
+    }
+    return fp32_columns(times, **columns, **({"added": added} if eta > 0 else {}))
+
+
+def _posterior_step(
+    schedule: NoiseSchedule, row: Row, latents: Array, prediction: Array, history: PyTree, noise: Array | None
+) -> tuple[Array, PyTree]:
+    x0, epsilon = to_x0_epsilon(schedule.prediction_type, prediction, latents, row["signal"], row["spread"])
+    if schedule.clip_sample:
+        x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
+        # The posterior's mean is that of the clipped x_0; DDIM keeps the direction that was predicted.
+        if schedule.class_name == "DDPMScheduler":
+            epsilon = (latents - row["signal"] * x0) / row["spread"]
+    moved = row["next_signal"] * x0 + row["next_spread"] * epsilon
+    return (moved if noise is None else moved + row["added"] * noise), history
+
+
+@functools.cache
+def euler(karras: bool | None = None) -> StepRule:
+    """Euler's method on dx / d sigma = noise(x) in the variance-exploding form: x' = x + (sigma' - sigma) noise.
+
+    `karras` None follows `use_karras_sigmas`; `final_sigmas_type` is followed. A zero-SNR schedule starts at
+    sigma = 4096. Raises ValueError for an `interpolation_type` other than linear or continuous timesteps.
+    """
+
+    def table(schedule: NoiseSchedule, steps: int) -> Table:
+        for option, expected in (("interpolation_type", "linear"), ("timestep_type", "discrete")):
+            if schedule.option(option, expected) != expected:
+                raise ValueError(f"euler: {option} {schedule.option(option)!r} is not supported; expected {expected!r}")
+        spaced = schedule.option("use_karras_sigmas", False) if karras is None else karras
+        times, sigmas = single_step_levels(schedule, steps, bool(spaced))
+        end = np.append(sigmas[1:], final_sigma(schedule))
+        return fp32_columns(times, signal=np.ones_like(sigmas), spread=sigmas, end=end)
+
+    return StepRule("euler", "EulerDiscreteScheduler", table, _euler_step, inputs=_unit_variance, start=_noise_start)
+
+
+@functools.cache
+def euler_ancestral() -> StepRule:
+    """Ancestral Euler in the variance-exploding form: to sigma_down, then noise of sigma_up back to the next sigma.
+
+    sigma_up^2 = sigma'^2 (sigma^2 - sigma'^2) / sigma^2, sigma_down^2 = sigma'^2 - sigma_up^2. The result at
+    sigma = 0 is x_0. A zero-SNR schedule starts at sigma = 4096.
+    """
+
+    def table(schedule: NoiseSchedule, steps: int) -> Table:
+        times, sigmas = single_step_levels(schedule, steps, karras=False)
+        following = np.append(sigmas[1:], 0.0)
+        down = following**2 / sigmas
+        added = np.sqrt(following**2 - down**2)
+        return fp32_columns(times, signal=np.ones_like(sigmas), spread=sigmas, end=down, added=added)
+
+    return StepRule(
+        "euler_ancestral",
+        "EulerAncestralDiscreteScheduler",
+        table,
+        _euler_step,
+        inputs=_unit_variance,
+        start=_noise_start,
+    )
+
+
+def _euler_step(
+    schedule: NoiseSchedule, row: Row, latents: Array, prediction: Array, history: PyTree, noise: Array | None
+) -> tuple[Array, PyTree]:
+    scale = jnp.sqrt(row["spread"] ** 2 + 1.0)
+    x0, epsilon = to_x0_epsilon(
+        schedule.prediction_type, prediction, latents / scale, 1.0 / scale, row["spread"] / scale
+    )
+    # Equal in exact arithmetic; each is the one that does not subtract large numbers from sigma = 4096.
+    if schedule.prediction_type == "epsilon":
+        moved = latents + (row["end"] - row["spread"]) * epsilon
+    else:
+        moved = x0 + row["end"] * epsilon
+    return (moved if noise is None else moved + row["added"] * noise), history
+
+
+def _unit_variance(latents: Array, row: Row) -> Array:
+    return latents / jnp.sqrt(row["spread"] ** 2 + 1.0)
+
+
+def _noise_start(schedule: NoiseSchedule, table: Table) -> float:
+    # A run that starts below the last timestep meets signal as well as noise in its first latents.
+    leading = schedule.timestep_spacing == "leading"
+    return float(np.sqrt(table["spread"][0] ** 2 + leading))
