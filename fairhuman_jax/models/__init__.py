@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from fairhuman_jax.models.attention import attention
 from fairhuman_jax.models.clip import CLIPText
-from fairhuman_jax.models.lora import TEXT_TARGETS, UNET_TARGETS, init_lora, scale_lora
+from fairhuman_jax.models.clip_vision import CLIPVision
+from fairhuman_jax.models.controlnet import ControlNet, controlnet_from_unet
+from fairhuman_jax.models.lora import (
+    TEXT_TARGETS,
+    UNET_TARGETS,
+    concatenate_lora,
+    init_lora,
+    merge_lora,
+    scale_lora,
+)
+from fairhuman_jax.models.t2i_adapter import T2IAdapter
 from fairhuman_jax.models.unet import UNet2DCondition
 from fairhuman_jax.models.vae import AutoencoderKL
+from fairhuman_jax.models.vae_tiling import tiled_decode
 
 __all__ = [
     "TEXT_TARGETS",
     "UNET_TARGETS",
     "AutoencoderKL",
     "CLIPText",
+    "CLIPVision",
+    "ControlNet",
+    "T2IAdapter",
     "UNet2DCondition",
     "attention",
+    "concatenate_lora",
+    "controlnet_from_unet",
     "init_lora",
+    "merge_lora",
     "scale_lora",
+    "tiled_decode",
 ]

@@ -6,28 +6,68 @@ Scaled dot-product attention `softmax(q k^T / sqrt(d)) v` over [batch, length, h
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+CUDNN_HEAD_DIM = {8.0: 128, 9.0: 256}  # widest head by compute capability
+SPLASH_LENGTH = 1024  # shorter sequences are faster without the kernel
+SPLASH_BLOCK, SPLASH_LANES = 512, 128
+SPLASH_BLOCK_SIZES = (
+    *("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
+    *("block_q_dq", "block_kv_dq"),
+)
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, implementation: str = "xla", causal: bool = False
+    query: jax.Array, key: jax.Array, value: jax.Array, *, implementation: str = "auto", causal: bool = False
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(head_dim)) v`: query [B, Lq, H, D], key and value [B, Lk, H, D] -> [B, Lq, H, D].
 
     `xla` runs everywhere, with scores and softmax in float32. `cudnn` is NVIDIA's fused kernel: bfloat16 or float16,
-    head_dim a multiple of 8 and at most 128 (256 from Hopper on).
+    head_dim a multiple of 8 and at most 128 (256 from Hopper on). `splash` is the fused TPU kernel, used for
+    self-attention of at least 1024 tokens and no mask, `xla` for all else; off a TPU it is interpreted, slowly. `auto`
+    takes, when the call is traced, the kernel of the default platform where its conditions hold, else `xla`.
     Errors: an unknown implementation is refused by name.
     """
-    if implementation == "xla":
+    if implementation == "auto":
+        device = jax.local_devices()[0]
+        capability = str(getattr(device, "compute_capability", ""))
+        implementation = fitting(query, key, causal, device.platform, capability, unsplit())
+    if implementation == "xla" or (implementation == "splash" and not _splash_fits(query, key, causal)):
         return _xla(query, key, value, causal=causal)
     if implementation == "cudnn":
         kernel = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
         return batchable_backward(kernel)(query, key, value)
+    if implementation == "splash":
+        return _splash(query, key, value)
     raise ValueError(f"unknown attention implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+
+
+def fitting(query: jax.Array, key: jax.Array, causal: bool, platform: str, capability: str, whole: bool) -> str:
+    """The implementation that `auto` stands for: on a `platform`, for shapes and dtype of `query` and `key`.
+
+    `capability` is that of an NVIDIA device, such as 9.0; `whole` says that no compiler splits the kernel over devices.
+    """
+    if platform == "gpu" and capability.replace(".", "").isdigit():  # other makers' devices name no number
+        widest = max((width for least, width in CUDNN_HEAD_DIM.items() if float(capability) >= least), default=0)
+        half, width = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
+        return "cudnn" if half and width <= widest and width % 8 == 0 else "xla"
+    return "splash" if platform == "tpu" and whole and _splash_fits(query, key, causal) else "xla"
+
+
+def unsplit() -> bool:
+    """Whether the traced program is one device's own: beside one device that is so inside a `shard_map` alone.
+
+    The compiler splits plain programs over devices, which it cannot do with the TPU kernel.
+    """
+    return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
+
+
+def _splash_fits(query: jax.Array, key: jax.Array, causal: bool) -> bool:
+    return query.shape[1] == key.shape[1] >= SPLASH_LENGTH and not causal
 
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
@@ -38,6 +78,30 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) ->
         scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """The TPU kernel, on heads padded to full lanes and lengths padded to full blocks."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # here, because it takes long to import
+
+    _, length, heads, width = query.shape
+    rows, lanes = -length % SPLASH_BLOCK, -width % SPLASH_LANES
+    query = query * jnp.asarray(width**-0.5, query.dtype)
+    padded = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, lanes))).swapaxes(1, 2) for x in (query, key, value))
+    # Padded keys are another segment than real ones, so that no real query sees them.
+    segment = jnp.int32(jnp.arange(length + rows) >= length)
+    mask = splash_attention.MultiHeadMask([splash_attention.FullMask((length + rows, length + rows))] * heads)
+    sizes: dict[str, Any] = dict.fromkeys(SPLASH_BLOCK_SIZES, SPLASH_BLOCK)
+    kernel = splash_attention.make_splash_mha(
+        mask,
+        block_sizes=splash_attention.BlockSizes(**sizes),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=jax.default_backend() != "tpu",
+    )
+    batched = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    out = cast(jax.Array, batched(*padded, splash_attention.SegmentIds(segment, segment) if rows else None))
+    return out.swapaxes(1, 2)[:, :length, :, :width]
 
 
 def batchable_backward(kernel):

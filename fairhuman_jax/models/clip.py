@@ -1,4 +1,7 @@
-"""CLIP text encoder, the network of transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`."""
+"""CLIP text encoder, the network of transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
+
+Its layers are those of the image encoder too (`clip_vision`).
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,12 @@ CONFIG_DEFAULTS: dict[str, Any] = {
 
 
 class CLIPAttention(nn.Module):
-    """Causal multi-head self-attention: [B, L, D] -> [B, L, D]."""
+    """Multi-head self-attention, causal or not: [B, L, D] -> [B, L, D]."""
 
     heads: int
+    causal: bool
     dtype: Any = jnp.float32
-    attention: str = "xla"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -47,7 +51,7 @@ class CLIPAttention(nn.Module):
             Linear(width, dtype=self.dtype, name=name)(hidden).reshape(batch, length, self.heads, -1)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        mixed = attention(query, key, value, implementation=self.attention, causal=True)
+        mixed = attention(query, key, value, implementation=self.attention, causal=self.causal)
         mixed = checkpoint_name(mixed.reshape(batch, length, width), ATTENTION_OUTPUT)
         return Linear(width, dtype=self.dtype, name="out_proj")(mixed)
 
@@ -75,14 +79,16 @@ class CLIPLayer(nn.Module):
     intermediate_size: int
     hidden_act: str
     layer_norm_eps: float
+    causal: bool = True
     dtype: Any = jnp.float32
-    attention: str = "xla"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
         before, _ = carry
         normed = LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(before)
-        hidden = before + CLIPAttention(self.heads, self.dtype, self.attention, name="self_attn")(normed)
+        attend = CLIPAttention(self.heads, self.causal, self.dtype, self.attention, name="self_attn")
+        hidden = before + attend(normed)
         normed = LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="layer_norm2")(hidden)
         hidden = hidden + CLIPMlp(self.intermediate_size, self.hidden_act, self.dtype, name="mlp")(normed)
         return (hidden, before), None
@@ -129,6 +135,23 @@ class CLIPEncoder(nn.Module):
         return carry
 
 
+def layer_settings(config: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """The fields of `CLIPLayer` that a config of either encoder sets, and `settings`."""
+    kept = ("intermediate_size", "hidden_act", "layer_norm_eps")
+    return {"heads": config["num_attention_heads"], **{key: config[key] for key in kept}, **settings}
+
+
+def check_layers(name: str, config: Mapping[str, Any]) -> None:
+    """Refuses layers with an unknown activation, dropout, or a width that the heads do not divide."""
+    activation(config["hidden_act"])
+    for key in ("attention_dropout", "dropout"):
+        if config.get(key):
+            raise ValueError(f"{name}: {key}={config[key]} is not supported; it must be 0")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if width % heads:
+        raise ValueError(f"{name}: hidden_size={width} does not divide into {heads} heads")
+
+
 class CLIPTextTransformer(nn.Module):
     """Embeddings, layers, final norm: ids [B, L] -> (normalised last, penultimate), both [B, L, D]."""
 
@@ -136,7 +159,7 @@ class CLIPTextTransformer(nn.Module):
     dtype: Any = jnp.float32
     scan: bool = True
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -148,14 +171,7 @@ class CLIPTextTransformer(nn.Module):
             self.dtype,
             name="embeddings",
         )
-        layer = {
-            "heads": config["num_attention_heads"],
-            "intermediate_size": config["intermediate_size"],
-            "hidden_act": config["hidden_act"],
-            "layer_norm_eps": config["layer_norm_eps"],
-            "dtype": self.dtype,
-            "attention": self.attention,
-        }
+        layer = layer_settings(config, causal=True, dtype=self.dtype, attention=self.attention)
         encoder = CLIPEncoder(config["num_hidden_layers"], layer, self.scan, self.remat, name="encoder")
         last, penultimate = encoder(embed(ids))
         final_norm = LayerNorm(config["layer_norm_eps"], dtype=self.dtype, name="final_layer_norm")
@@ -176,7 +192,7 @@ class CLIPText(nn.Module):
     dtype: Any = jnp.float32
     scan: bool = True
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "auto"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **runtime: Any) -> CLIPText:
@@ -186,17 +202,9 @@ class CLIPText(nn.Module):
                 "CLIPText: this config is of a whole CLIP model (text_config inside); give its text encoder"
             )
         settings = {key: config.get(key, default) for key, default in CONFIG_DEFAULTS.items()}
-        activation(settings["hidden_act"])
-        for key in ("attention_dropout", "dropout"):
-            if config.get(key):
-                raise ValueError(f"CLIPText: {key}={config[key]} is not supported; it must be 0")
+        check_layers("CLIPText", {**config, **settings})
         if settings["eos_token_id"] not in range(settings["vocab_size"]):
             raise ValueError(f"CLIPText: eos_token_id={settings['eos_token_id']} is no id of the vocabulary")
-        if settings["hidden_size"] % settings["num_attention_heads"]:
-            raise ValueError(
-                f"CLIPText: hidden_size={settings['hidden_size']} does not divide into "
-                f"{settings['num_attention_heads']} heads"
-            )
         architectures = config.get("architectures") or ["CLIPTextModel"]
         if architectures[0] not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             raise ValueError(f"CLIPText: architecture {architectures[0]} is not a CLIP text encoder")

@@ -18,7 +18,7 @@ from fairhuman_jax.models.transformer import REMAT_POLICIES
 from fairhuman_jax.models.unet_blocks import BlockSpec
 
 RUNTIME_FIELDS = ("dtype", "scan", "remat", "attention")
-ADDED_TIME_IDS = 6
+EXAMPLE_TIME_IDS = 6  # of the SDXL base; the refiner has 5
 MID_BLOCKS = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False}
 
 # Keys of diffusers configs whose every other value would change the network: key -> values that change nothing.
@@ -70,7 +70,8 @@ class ConditionalEncoder(nn.Module):
 
     `attention_head_dim` is the *number* of heads, one for all blocks or one a block: diffusers named it wrongly and
     keeps the name. `upcast_attention` is carried along and changes nothing, since scores and softmax are float32.
-    Runtime fields: compute `dtype`; `scan` transformer stacks; `remat` none, full or attention; `attention` kernel.
+    Runtime fields: compute `dtype`; `scan` transformer stacks; `remat` none, `full`, `attention` or `offload`;
+    `attention` implementation.
     """
 
     in_channels: int = 4
@@ -94,7 +95,7 @@ class ConditionalEncoder(nn.Module):
     dtype: Dtype = jnp.float32
     scan: bool = True
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "auto"
 
     CLASS_NAME: ClassVar[str] = ""
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = FIXED_KEYS
@@ -214,7 +215,8 @@ class ConditionalEncoder(nn.Module):
         """Time embedding [B, 4 C] in float32, plus that of `added_cond` in text_time networks.
 
         Call it from a compact method: it creates `time_embedding` and `add_embedding` there. `timesteps` is [B] or a
-        scalar; `added_cond` holds `text_embeds` [B, D] and `time_ids` [B, 6], and is ignored elsewhere.
+        scalar; `added_cond` holds `text_embeds` [B, D] and `time_ids` [B, N], and is ignored elsewhere. D plus N times
+        addition_time_embed_dim must be projection_class_embeddings_input_dim: see `time_ids`.
         """
         features = 4 * self.block_out_channels[0]
         flips = {"flip_sin_to_cos": self.flip_sin_to_cos, "freq_shift": self.freq_shift}
@@ -235,6 +237,22 @@ class ConditionalEncoder(nn.Module):
             )
         return time + TimestepEmbedding(features, self.act_fn, name="add_embedding")(added)
 
+    def time_ids(self, pooled_width: int) -> int:
+        """Number of time ids beside a pooled text embedding of this width: 6 in the SDXL base, 5 in the refiner.
+
+        Errors: no such embedding in this network; a width that leaves no whole number.
+        """
+        if self.addition_embed_type is None:
+            raise ValueError(f"{self.CLASS_NAME}: takes no time_ids, since addition_embed_type is null")
+        total, each = cast(int, self.projection_class_embeddings_input_dim), cast(int, self.addition_time_embed_dim)
+        count, rest = divmod(total - pooled_width, each)
+        if rest or count < 0:
+            raise ValueError(
+                f"{self.CLASS_NAME}: pooled text of width {pooled_width} does not fit: "
+                f"projection_class_embeddings_input_dim={total} less it is no multiple of {each}"
+            )
+        return count
+
     def example_inputs(self) -> tuple:
         """Smallest arrays the network accepts, for `jax.eval_shape(module.init, key, *inputs)`."""
         size = 2 ** (len(self.down_block_types) - 1)
@@ -242,9 +260,9 @@ class ConditionalEncoder(nn.Module):
         text = jnp.zeros((1, 1, self.per_block("cross_attention_dim")[0]))
         added_cond = None
         if self.addition_embed_type is not None:
-            ids_width = ADDED_TIME_IDS * cast(int, self.addition_time_embed_dim)
-            width = cast(int, self.projection_class_embeddings_input_dim) - ids_width
-            added_cond = {"text_embeds": jnp.zeros((1, width)), "time_ids": jnp.zeros((1, ADDED_TIME_IDS))}
+            total, each = cast(int, self.projection_class_embeddings_input_dim), cast(int, self.addition_time_embed_dim)
+            count = min(EXAMPLE_TIME_IDS, total // each)
+            added_cond = {"text_embeds": jnp.zeros((1, total - count * each)), "time_ids": jnp.zeros((1, count))}
         return latents, jnp.zeros((1,), jnp.int32), text, added_cond
 
 

@@ -42,9 +42,10 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """2-D convolution on NHWC with an HWIO kernel.
+    """2-D convolution on NHWC with an HWIO kernel, plus a low-rank update when the `lora` collection holds one.
 
-    `padding` counts pixels on every side, or is ((top, bottom), (left, right)).
+    `padding` counts pixels on every side, or is ((top, bottom), (left, right)). The update is a convolution of the
+    same size, stride and padding with `down` [h, w, in, r], then `up` [r, out] on every pixel.
     """
 
     features: int
@@ -58,17 +59,24 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        x = x.astype(self.dtype)
+        y = self._convolve(x, kernel)
+        if self.has_variable("lora", "down"):
+            up = self.get_variable("lora", "up").astype(self.dtype)
+            y = y + self._convolve(x, self.get_variable("lora", "down")) @ up
+        return y + bias.astype(self.dtype)
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         padding = self.padding
         if isinstance(padding, int):
             padding = ((padding, padding), (padding, padding))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
+        return jax.lax.conv_general_dilated(
+            x,
             kernel.astype(self.dtype),
             window_strides=(self.strides, self.strides),
             padding=padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + bias.astype(self.dtype)
 
 
 class GroupNorm(nn.Module):

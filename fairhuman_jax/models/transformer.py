@@ -17,13 +17,14 @@ from fairhuman_jax.models.attention import attention
 from fairhuman_jax.models.layers import Conv, Dtype, GroupNorm, LayerNorm, Linear
 
 ATTENTION_OUTPUT = "attention_output"
-REMAT_POLICIES = ("none", "full", "attention")
+REMAT_POLICIES = ("none", "full", "attention", "offload")
 
 
 def rematerialise(module: type[nn.Module], remat: str, *, in_scan: bool = False) -> Any:
-    """`module` under one of the rematerialisation policies `none`, `full` and `attention`.
+    """`module` under one of the rematerialisation policies `none`, `full`, `attention` and `offload`.
 
-    `full` keeps only the module's inputs for the backward pass; `attention` keeps its attention outputs as well.
+    `full` keeps only the module's inputs for the backward pass; `attention` keeps its attention outputs as well, and
+    `offload` keeps those in the host's memory.
     `in_scan` drops the barriers against common-subexpression elimination, which a scan body does not need.
     """
     if remat not in REMAT_POLICIES:
@@ -33,6 +34,13 @@ def rematerialise(module: type[nn.Module], remat: str, *, in_scan: bool = False)
     policy = None
     if remat == "attention":
         policy = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
+    if remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[ATTENTION_OUTPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     return nn.remat(module, prevent_cse=not in_scan, policy=policy)
 
 
@@ -40,7 +48,7 @@ class Attention(nn.Module):
     """Multi-head attention from `x` [B, L, C] to `context` [B, M, D] (`x` itself when None) -> [B, L, C]."""
 
     heads: int
-    attention: str = "xla"
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -80,7 +88,7 @@ class BasicTransformerBlock(nn.Module):
     """Pre-norm self-attention, cross-attention to `text` [B, M, D] and feed-forward on tokens [B, L, C]."""
 
     heads: int
-    attention: str = "xla"
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -107,7 +115,7 @@ class Transformer2D(nn.Module):
     depth: int = 1
     num_groups: int = 32
     linear_projection: bool = False
-    attention: str = "xla"
+    attention: str = "auto"
     scan: bool = True
     remat: str = "none"
     dtype: Dtype = jnp.float32

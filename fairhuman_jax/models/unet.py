@@ -43,10 +43,10 @@ class UNet2DCondition(ConditionalEncoder):
         """Prediction [B, H, W, out_channels] in float32, whatever the compute dtype.
 
         Shapes: latents [B, H, W, in_channels] of any size, timesteps [B] or a scalar, text [B, L, cross_attention_dim]
-        (None only without cross-attention), added_cond {"text_embeds": [B, D], "time_ids": [B, 6]} for SDXL.
-        `down_residuals` (ControlNet) are added to the skips, one each; `mid_residual` to the middle block's output;
-        `adapter_features` (T2I-Adapter) inside the down blocks, one a block, and one more after the middle block
-        where its shape fits there.
+        (None only without cross-attention), added_cond {"text_embeds": [B, D], "time_ids": [B, N]} for SDXL (N = 6 in
+        the base, 5 in the refiner). `down_residuals` (ControlNet) are added to the skips, one each; `mid_residual` to
+        the middle block's output; `adapter_features` (T2I-Adapter) inside the down blocks, one a block, and one more
+        after the middle block where its shape fits there.
         """
         self.check_text(text)
         time = self.embed_time(timesteps, latents.shape[0], added_cond)

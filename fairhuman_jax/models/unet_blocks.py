@@ -38,7 +38,7 @@ class BlockSpec:
     epsilon: float = 1e-5
     act_fn: str = "silu"
     linear_projection: bool = False
-    attention: str = "xla"
+    attention: str = "auto"
     scan: bool = True
     remat: str = "none"
     dtype: Dtype = jnp.float32

@@ -76,11 +76,11 @@ class VAEAttention(nn.Module):
             Linear(channels, dtype=self.dtype, name=name)(normed)[:, :, None] for name in ("to_q", "to_k", "to_v")
         )
         if height * width <= QUERY_CHUNK:
-            mixed = attention(query, key, value)
+            mixed = attention(query, key, value, implementation="xla")
         else:
 
             def of_one_query(row: jax.Array) -> jax.Array:
-                return attention(row[:, None], key, value)[:, 0]
+                return attention(row[:, None], key, value, implementation="xla")[:, 0]
 
             mixed = jax.lax.map(of_one_query, query.swapaxes(0, 1), batch_size=QUERY_CHUNK).swapaxes(0, 1)
         mixed = Linear(channels, dtype=self.dtype, name="to_out.0")(checkpoint_name(mixed[:, :, 0], ATTENTION_OUTPUT))
@@ -193,7 +193,7 @@ class AutoencoderKL(nn.Module):
     dtype: Any = jnp.float32
     scan: bool = True
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "auto"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **runtime: Any) -> AutoencoderKL:

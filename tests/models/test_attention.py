@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
-from fairhuman_jax.models.attention import attention, batchable_backward
+from fairhuman_jax.models.attention import attention, batchable_backward, fitting, unsplit
 
 
 def inputs(length: int = 5, dtype=np.float32):
@@ -55,8 +56,79 @@ def test_half_precision_keeps_scores_in_float32():
     np.testing.assert_allclose(out.astype(jnp.float32), written_out(query, key, value), atol=0.02)
 
 
+def self_attention(length: int, heads: int = 2, width: int = 8):
+    rng = np.random.default_rng(2)
+    return tuple(jnp.asarray(rng.normal(size=(1, length, heads, width)), jnp.float32) for _ in range(3))
+
+
+@pytest.mark.parametrize("length", [1024, 1100])
+def test_the_tpu_kernel_interpreted_equals_the_formula(length):
+    """1100 tokens are padded to blocks, and the padding must be seen by nobody."""
+    x = self_attention(length)
+    cotangents = jnp.asarray(np.random.default_rng(3).normal(size=(2, *x[0].shape)), jnp.float32)
+
+    @partial(jax.jit, static_argnums=0)
+    def values_and_pull_backs(implementation, x):
+        out, pull_back = jax.vjp(partial(attention, implementation=implementation), *x)
+        return out, jax.vmap(pull_back)(cotangents)
+
+    found, expected = values_and_pull_backs("splash", x), values_and_pull_backs("xla", x)
+    for ours, plain in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-5)
+    assert "pallas_call" in str(jax.make_jaxpr(partial(attention, implementation="splash"))(*x))
+
+
+@pytest.mark.parametrize("implementation", ["splash", "auto"])
+def test_short_cross_and_causal_attention_stay_with_the_plain_implementation(implementation):
+    query, key, value = self_attention(1024)
+    for given, causal in (
+        ((query[:, :512], key[:, :512], value[:, :512]), False),
+        ((query, key[:, :77], value[:, :77]), False),
+        ((query, key, value), True),
+    ):
+        chosen = jax.make_jaxpr(partial(attention, implementation=implementation, causal=causal))(*given)
+        plain = jax.make_jaxpr(partial(attention, implementation="xla", causal=causal))(*given)
+        assert str(chosen) == str(plain)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "width", "length", "chosen"),
+    [
+        ("gpu", "9.0", "bfloat16", 160, 64, "cudnn"),
+        ("gpu", "8.0", "bfloat16", 160, 64, "xla"),
+        ("gpu", "8.0", "float16", 40, 77, "cudnn"),
+        ("gpu", "7.5", "float16", 64, 64, "xla"),
+        ("gpu", "9.0", "float32", 64, 64, "xla"),
+        ("gpu", "9.0", "bfloat16", 12, 64, "xla"),
+        ("gpu", "gfx90a", "bfloat16", 64, 64, "xla"),
+        ("tpu", "", "bfloat16", 64, 4096, "splash"),
+        ("tpu", "", "bfloat16", 64, 1000, "xla"),
+        ("cpu", "", "bfloat16", 64, 4096, "xla"),
+    ],
+)
+def test_auto_chooses_by_platform_and_shape(platform, capability, dtype, width, length, chosen):
+    query = jax.ShapeDtypeStruct((1, length, 2, width), jnp.dtype(dtype))
+    assert fitting(query, query, False, platform, capability, True) == chosen
+    assert fitting(query, query, False, platform, capability, False) == ("xla" if platform == "tpu" else chosen)
+
+
+def test_a_program_is_one_devices_own_inside_a_shard_map_only():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    seen = []
+
+    def look(x):
+        seen.append(unsplit())
+        return x
+
+    x = np.zeros(jax.device_count(), np.float32)
+    split = PartitionSpec("data")
+    jax.eval_shape(look, x)
+    jax.eval_shape(jax.shard_map(look, mesh=mesh, in_specs=split, out_specs=split), x)
+    assert seen == [jax.device_count() == 1, True]
+
+
 def test_unknown_implementations_are_refused():
-    with pytest.raises(ValueError, match="unknown attention implementation 'flash'; known: xla, cudnn"):
+    with pytest.raises(ValueError, match="unknown attention implementation 'flash'; known: auto, xla, cudnn, splash"):
         attention(*inputs(), implementation="flash")
 
 

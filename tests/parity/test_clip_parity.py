@@ -1,15 +1,18 @@
-"""CLIPText against transformers on the same random weights, through files both ways."""
+"""CLIPText and CLIPVision against transformers on the same random weights; text encoders through files both ways."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 import pytest
+from tiny_models import quick_jit
 
+from fairhuman_jax.models import CLIPText, CLIPVision, presets
 from fairhuman_jax.weights import load_model, save_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+from torch_twins import assert_parity, nchw, normal, randomised, to_flax  # noqa: E402
 
 CONFIG = {
     "vocab_size": 60,
@@ -25,14 +28,59 @@ CONFIG = {
 IDS = np.array([[58, 3, 4, 59, 59, 59, 59], [58, 5, 2, 7, 8, 9, 59]])
 
 
+SMALL = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "projection_dim": 10,
+}
+
+
 def torch_clip(name, config):
     torch.manual_seed(0)
-    model = getattr(transformers, name)(transformers.CLIPTextConfig(**config)).eval()
+    settings = transformers.CLIPVisionConfig if "Vision" in name else transformers.CLIPTextConfig
+    return randomised(getattr(transformers, name)(settings(**config)))
+
+
+@pytest.mark.parametrize("eos", [2, 49407])
+@pytest.mark.parametrize("preset", ["SD15_TEXT", "SD21_TEXT", "SDXL_TEXT_2"])
+def test_published_text_towers_at_small_width(preset, eos):
+    """Activation, projection and both conventions of the end token, in the real vocabulary."""
+    config = getattr(presets, preset) | SMALL | {"eos_token_id": eos, "bos_token_id": 49406}
+    model = torch_clip(config["architectures"][0], config)
+    ids = np.array([[49406, 320, 2, 7, 49407, 49407, 49407], [49406, 5, 1929, 7, 8, 9, 49407]])
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            norm_scale = "norm" in key and key.endswith("weight")
-            parameter.normal_(1.0 if norm_scale else 0.0, 0.2)
-    return model
+        theirs = model(torch.from_numpy(ids), output_hidden_states=True)
+    module = CLIPText.from_config(config)
+    ours = quick_jit(module.apply)({"params": to_flax(model.state_dict(), module)}, ids)
+    assert_parity(ours["last_hidden_state"], theirs.last_hidden_state)
+    assert_parity(ours["penultimate"], theirs.hidden_states[-2])
+    projected = config["architectures"][0].endswith("WithProjection")
+    assert_parity(ours["pooled"], theirs.text_embeds if projected else theirs.pooler_output)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("CLIPVisionModelWithProjection", {}), ("CLIPVisionModel", {"hidden_act": "gelu"})],
+    ids=["ViT-L", "gelu-without-projection"],
+)
+def test_image_encoder(name, change):
+    small = SMALL | {"image_size": 12, "patch_size": 4, "architectures": [name]}
+    config = presets.CLIP_L_VISION | small | change
+    model = torch_clip(name, config)
+    pixels = normal(2, 12, 12, 3, seed=1)
+    with torch.no_grad():
+        theirs = model(nchw(pixels), output_hidden_states=True)
+    module = CLIPVision.from_config(config)
+    ours = quick_jit(module.apply)({"params": to_flax(model.state_dict(), module)}, pixels)
+    assert_parity(ours["last_hidden_state"], theirs.last_hidden_state)
+    assert_parity(ours["penultimate"], theirs.hidden_states[-2])
+    if name.endswith("WithProjection"):
+        assert_parity(ours["image_embeds"], theirs.image_embeds)
+    else:
+        assert_parity(ours["pooled"], theirs.pooler_output)
+        assert "image_embeds" not in ours
 
 
 @pytest.mark.parametrize(

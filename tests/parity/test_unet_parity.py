@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
+from tiny_models import quick_jit
 
 from fairhuman_jax.models.unet import UNet2DCondition
-from fairhuman_jax.weights import expected_params
-from fairhuman_jax.weights.keys import leaves
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+from torch_twins import assert_parity, nchw, randomised, to_flax  # noqa: E402
 
 SD15 = {
     "block_out_channels": [32, 64, 64],
@@ -34,7 +33,7 @@ SD21 = {
     "attention_head_dim": [1, 2],
     "use_linear_projection": True,
     "upcast_attention": True,
-    "in_channels": 9,
+    "in_channels": 8,
 }
 SDXL = {
     "block_out_channels": [16, 32, 32],
@@ -51,31 +50,24 @@ SDXL = {
     "projection_class_embeddings_input_dim": 6 * 8 + 20,
     "sample_size": 8,
 }
+REFINER = {
+    **SDXL,
+    "block_out_channels": [16, 16, 32, 32],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [1, 2, 4, 4],
+    "transformer_layers_per_block": 2,
+    "projection_class_embeddings_input_dim": 5 * 8 + 20,
+}
 
 
 def torch_unet(config: dict):
-    """A diffusers UNet whose every parameter is random and whose norms matter."""
+    """A diffusers UNet whose every parameter is random and whose output has about unit size."""
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(**config).eval()
+    model = randomised(diffusers.UNet2DConditionModel(**config))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
         model.conv_out.weight.mul_(4.0)
     return model
-
-
-def to_flax(tensors: dict, module: UNet2DCondition) -> dict:
-    """Torch tensors (weights, or gradients) as the module's parameter tree."""
-    flat = {
-        leaf.path: leaf.from_torch(lambda name: tensors[name].detach().numpy(), None)
-        for leaf in leaves(expected_params(module))
-    }
-    return unflatten_dict(flat)
-
-
-def nchw(array) -> torch.Tensor:
-    return torch.from_numpy(np.moveaxis(np.asarray(array), -1, 1).copy())
 
 
 def inputs(config: dict, height: int, width: int) -> dict:
@@ -91,7 +83,8 @@ def inputs(config: dict, height: int, width: int) -> dict:
     }
     if "addition_embed_type" in config:
         time_ids = np.array([[512, 384, 0, 8, 256, 256], [1024, 1024, 16, 0, 1024, 1024]], np.float32)
-        values["added_cond"] = {"text_embeds": normal(2, 20), "time_ids": time_ids}
+        count = UNet2DCondition.from_config(config).time_ids(20)
+        values["added_cond"] = {"text_embeds": normal(2, 20), "time_ids": time_ids[:, :count]}
     return values
 
 
@@ -111,21 +104,13 @@ def torch_inputs(values: dict) -> dict:
     return given
 
 
-def assert_parity(found, expected: torch.Tensor) -> None:
-    expected = expected.detach().numpy().transpose(0, 2, 3, 1)
-    scale = expected.std()
-    assert 0.2 < scale < 20.0
-    assert found.shape == expected.shape
-    assert np.abs(np.asarray(found) - expected).max() <= 2e-4 * scale
-
-
 def check_forward(config: dict, values: dict) -> None:
     original = torch_unet(config)
     with torch.no_grad():
         expected = original(**torch_inputs(values)).sample
     module = UNet2DCondition.from_config(dict(original.config))
     params = to_flax(original.state_dict(), module)
-    assert_parity(jax.jit(module.apply)({"params": params}, **values), expected)
+    assert_parity(quick_jit(module.apply)({"params": params}, **values), expected)
 
 
 def test_sd15_with_controlnet_residuals_at_an_odd_size():
@@ -137,8 +122,14 @@ def test_sd15_with_controlnet_residuals_at_an_odd_size():
     check_forward(SD15, values)
 
 
-def test_sdxl_with_added_conditioning():
-    check_forward(SDXL, inputs(SDXL, 8, 8))
+def test_inpainting_unet_of_nine_channels():
+    config = {**SD15, "in_channels": 9}
+    check_forward(config, inputs(config, 8, 8))
+
+
+@pytest.mark.parametrize("config", [SDXL, REFINER], ids=["base", "refiner"])
+def test_sdxl_with_added_conditioning(config):
+    check_forward(config, inputs(config, 8, 8))
 
 
 def test_sdxl_with_adapter_features():
