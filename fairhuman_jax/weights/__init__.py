@@ -1,30 +1,44 @@
-"""Names and files: model folders of diffusers and transformers, LoRA files, tokenizers."""
+"""Names and files: model folders, models on the hub, single-file checkpoints, LoRA files, tokenizers."""
 
 from __future__ import annotations
 
-from fairhuman_jax.weights.diffusers import expected_params, load_model, save_model
-from fairhuman_jax.weights.lora import load_lora, save_lora
+from fairhuman_jax.weights.diffusers import expected_params, load_model, params_from, save_model
+from fairhuman_jax.weights.ldm import load_component, load_single_file, open_single_file, save_single_file
+from fairhuman_jax.weights.lora import load_lora, load_loras, save_lora
 from fairhuman_jax.weights.pipeline import Pipeline, load_pipeline, save_pipeline
+from fairhuman_jax.weights.tensors import Tensors, open_tensors
 from fairhuman_jax.weights.tokenizers import (
     build_small_clip_tokenizer,
+    count_chunks,
     load_tokenizer,
     save_tokenizer,
     tokenize,
+    tokenize_chunks,
     tokens_cut,
 )
 
 __all__ = [
     "Pipeline",
+    "Tensors",
     "build_small_clip_tokenizer",
+    "count_chunks",
     "expected_params",
+    "load_component",
     "load_lora",
+    "load_loras",
     "load_model",
     "load_pipeline",
+    "load_single_file",
     "load_tokenizer",
+    "open_single_file",
+    "open_tensors",
+    "params_from",
     "save_lora",
     "save_model",
     "save_pipeline",
+    "save_single_file",
     "save_tokenizer",
     "tokenize",
+    "tokenize_chunks",
     "tokens_cut",
 ]

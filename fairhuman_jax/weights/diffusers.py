@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
-from fairhuman_jax.weights.files import read_json, write_json
+from fairhuman_jax.models import AutoencoderKL, CLIPText, CLIPVision, ControlNet, T2IAdapter, UNet2DCondition
+from fairhuman_jax.weights.files import write_json
+from fairhuman_jax.weights.folders import read_config, weight_files
+from fairhuman_jax.weights.hub import fetch_model, is_hub_id
 from fairhuman_jax.weights.keys import canonical_names, leaves
-from fairhuman_jax.weights.safetensors_io import TensorFiles, write_tensors
+from fairhuman_jax.weights.placement import Placement, place
+from fairhuman_jax.weights.recognition import looks_like
+from fairhuman_jax.weights.safetensors_io import write_tensors
+from fairhuman_jax.weights.tensors import Tensors, open_tensors
 
 PyTree = Any
 
@@ -23,8 +30,11 @@ NETWORKS: dict[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
     "CLIPTextModel": CLIPText,
     "CLIPTextModelWithProjection": CLIPText,
+    "CLIPVisionModel": CLIPVision,
+    "CLIPVisionModelWithProjection": CLIPVision,
+    "ControlNetModel": ControlNet,
+    "T2IAdapter": T2IAdapter,
 }
-STEMS = ("diffusion_pytorch_model", "model")
 LISTED = 4  # names an error spells out
 
 
@@ -33,24 +43,45 @@ def load_model(
     subfolder: str | None = None,
     dtype: jnp.dtype | str | None = None,
     *,
+    variant: str | None = None,
+    revision: str | None = None,
     host: bool = False,
+    sharding: Placement = None,
     **runtime: Any,
 ) -> tuple[nn.Module, PyTree]:
-    """Network and parameters of a diffusers or transformers folder.
+    """Network and parameters of a diffusers or transformers folder, of a model on the hub, or out of a single file.
 
-    dtype: of parameters and computation; None keeps parameters as stored and computes in float32. host: leave
-    the arrays in host memory (numpy) for callers that place them themselves. runtime: scan, remat, attention.
-    Errors, one line each: no such folder; unsupported config keys; tensors missing, unknown or of the wrong
-    shape (all of them in one error that names the file); a truncated file.
+    path: a folder, `org/name` on the hub (at `revision`), or a file, in which `subfolder` names the network unless it
+    holds one alone. variant: as in fp16, of folders; None takes full precision, or fp16 where that is all there is.
+    dtype, host, sharding: see `params_from`; dtype is that of computation too, which None leaves at float32. runtime:
+    scan, remat, attention.
+    Errors, one line each: no such folder or model; unsupported config keys; a variant that is not there; tensors
+    missing, unknown or of the wrong shape (all of them in one error that names the file); a truncated file.
     """
-    folder = Path(path) / subfolder if subfolder else Path(path)
+    if Path(path).is_file():
+        return _load_from_file(Path(path), subfolder, dtype, host=host, sharding=sharding, **runtime)
+    if is_hub_id(path):
+        folder = fetch_model(str(path), subfolder, variant, revision)
+    else:
+        folder = Path(path) / subfolder if subfolder else Path(path)
     config = read_config(folder)
     network = NETWORKS[class_name(config, folder)]
     if dtype is not None:
         runtime["dtype"] = jnp.dtype(dtype)
     module = network.from_config(config, **runtime)
-    params = read_params(folder, module, dtype)
-    return module, params if host else jax.device_put(params)
+    tensors = open_tensors(weight_files(folder, variant))
+    return module, params_from(tensors, module, dtype, host=host, sharding=sharding)
+
+
+def _load_from_file(path: Path, component: str | None, *args: Any, **kwargs: Any) -> tuple[nn.Module, PyTree]:
+    from fairhuman_jax.weights.ldm import load_component, open_single_file  # it builds on this module
+
+    if component is None:
+        components = list(open_single_file(path).components)
+        if len(components) > 1:
+            raise ValueError(f"{path} holds {', '.join(components)}; name one, as in subfolder={components[0]!r}")
+        component = components[0]
+    return load_component(path, component, *args, **kwargs)
 
 
 def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp.dtype | str | None = None) -> None:
@@ -70,11 +101,11 @@ def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp
 
     def read(name: str) -> np.ndarray:
         leaf = by_name[name]
-        return leaf.to_torch(np.asarray(flat[leaf.path]), name)
+        return leaf.to_torch(flat[leaf.path], name)
 
     shapes = {name: leaf.shape for name, leaf in by_name.items()}
     dtypes = {name: jnp.dtype(dtype or flat[leaf.path].dtype) for name, leaf in by_name.items()}
-    stem = "model" if isinstance(module, CLIPText) else "diffusion_pytorch_model"
+    stem = "model" if isinstance(module, (CLIPText, CLIPVision)) else "diffusion_pytorch_model"
     write_tensors(folder / f"{stem}.safetensors", shapes, dtypes, read)
     write_json(folder / "config.json", module.to_config())
 
@@ -82,17 +113,6 @@ def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp
 def expected_params(module: nn.Module) -> PyTree:
     """Shapes and dtypes of a network's parameters, without computing any."""
     return jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a model folder. Errors: what is missing, and what the folder may be instead."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; a model folder holds config.json and *.safetensors")
-    if not (folder / "config.json").is_file():
-        if (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"{folder} is a pipeline; name one of its networks, as in subfolder='unet'")
-        raise FileNotFoundError(f"{folder} has no config.json; a model folder holds config.json and *.safetensors")
-    return read_json(folder / "config.json")
 
 
 def class_name(config: dict[str, Any], folder: Path) -> str:
@@ -103,55 +123,61 @@ def class_name(config: dict[str, Any], folder: Path) -> str:
     return name
 
 
-def read_params(folder: Path, module: nn.Module, dtype: jnp.dtype | str | None = None) -> PyTree:
-    """Parameters of `module` as host arrays from the safetensors files of `folder`."""
-    files = TensorFiles(weight_files(folder))
-    stored = canonical_names(type(module).__name__, files.names())
+def params_from(
+    tensors: Tensors,
+    module: nn.Module,
+    dtype: jnp.dtype | str | None = None,
+    *,
+    host: bool = False,
+    sharding: Placement = None,
+) -> PyTree:
+    """Parameters of `module` out of tensors in the names of diffusers or transformers, placed leaf by leaf.
+
+    dtype: of all parameters; None keeps what is stored (float64 becomes float32). host: numpy arrays. sharding: one
+    for all leaves, or a function (path, shape) -> Sharding; each device is given its own part and no more. Beside
+    what the result holds, memory needs the size of one leaf at most (on a CPU device nothing). Values are not
+    looked at: what is NaN or infinite in the file stays so, and what does not fit into `dtype` becomes infinite.
+    Errors: one that lists all missing, unknown, misshaped and non-floating tensors and says what the file looks like.
+    """
+    stored = canonical_names(type(module).__name__, tensors.names())
     wanted = leaves(expected_params(module))
-    _check(files, stored, {name: leaf.shape for leaf in wanted for name in leaf.names}, folder)
-
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        return files.read(stored[name]).reshape(shape)
-
-    kind = None if dtype is None else jnp.dtype(dtype)
+    _check(tensors, stored, {name: leaf.shape for leaf in wanted for name in leaf.names}, type(module).__name__)
     flat = {}
     for leaf in wanted:
-        flat[leaf.path] = leaf.from_torch(lambda name, shape=leaf.shape: read(name, shape), kind)
+        kind = jnp.dtype(dtype) if dtype is not None else _stored_dtype(tensors, [stored[name] for name in leaf.names])
+        flat[leaf.path] = place(leaf, lambda name: tensors.read(stored[name]), kind, host=host, sharding=sharding)
     return unflatten_dict(flat)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, full precision before half, one file before shards."""
-    for variant in ("", ".fp16"):
-        for stem in STEMS:
-            whole = folder / f"{stem}{variant}.safetensors"
-            if whole.is_file():
-                return [whole]
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.is_file():
-                return [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
-    pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
-    hint = f"; it holds {pickles}: save it once with safe_serialization=True" if pickles else ""
-    raise FileNotFoundError(f"{folder} has no {STEMS[0]}.safetensors and no {STEMS[1]}.safetensors{hint}")
+def _stored_dtype(tensors: Tensors, names: Sequence[str]) -> np.dtype:
+    dtype = functools.reduce(jnp.promote_types, {tensors.dtype(name) for name in names})
+    return jnp.dtype(jnp.float32) if dtype == np.float64 else jnp.dtype(dtype)
 
 
-def _check(files: TensorFiles, stored: dict[str, str], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
-    problems = []
-    missing = sorted(wanted.keys() - stored.keys())
-    unknown = sorted(stored.keys() - wanted.keys())
-    shapes = {name: files.shape(stored[name]) for name in sorted(wanted.keys() & stored.keys())}
-    misshaped = [
-        f"{name} {list(shape)} for {list(wanted[name])}"
-        for name, shape in shapes.items()
-        if _without_ones(shape) != _without_ones(wanted[name])
+def _check(tensors: Tensors, stored: dict[str, str], wanted: dict[str, tuple[int, ...]], network: str) -> None:
+    shapes = {name: tensors.shape(stored[name]) for name in sorted(wanted.keys() & stored.keys())}
+    dtypes = {name: tensors.dtype(stored[name]) for name in shapes}
+    kinds = {
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "unknown": sorted(stored.keys() - wanted.keys()),
+        "of the wrong shape": [
+            f"{name} {list(shape)} for {list(wanted[name])}"
+            for name, shape in shapes.items()
+            if _without_ones(shape) != _without_ones(wanted[name])
+        ],
+        "not of a floating type": [
+            f"{name} {dtype.name}" for name, dtype in dtypes.items() if not jnp.issubdtype(dtype, jnp.floating)
+        ],
+    }
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''})"
+        for kind, names in kinds.items()
+        if names
     ]
-    for kind, names in (("missing", missing), ("unknown", unknown), ("of the wrong shape", misshaped)):
-        if names:
-            more = ", ..." if len(names) > LISTED else ""
-            problems.append(f"{len(names)} {kind} ({', '.join(names[:LISTED])}{more})")
     if problems:
-        source = files.files[0] if len(files.files) == 1 else folder
-        raise ValueError(f"{source} does not fit its config.json: tensors {'; '.join(problems)}")
+        seems = looks_like(tensors)
+        hint = f"; it looks like {seems}" if seems else ""
+        raise ValueError(f"{tensors.label} does not fit its config ({network}): tensors {'; '.join(problems)}{hint}")
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

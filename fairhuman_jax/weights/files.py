@@ -1,13 +1,18 @@
-"""Files that are either the old ones or whole new ones, and JSON that names itself when it is broken."""
+"""Files that are either the old ones or whole new ones, views of files, and JSON that names itself when broken."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
+
+ALIGNMENT = 64
 
 
 @contextmanager
@@ -29,6 +34,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def map_array(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A read-only array that is a view of the file from byte `offset` on; its pages come and go with the view."""
+    if math.prod(shape) == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An unset array whose memory a CPU device takes over without a copy (it asks for 64-byte alignment)."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

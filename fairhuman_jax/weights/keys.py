@@ -12,15 +12,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+
+from fairhuman_jax.weights.files import aligned_empty
 
 PyTree = Any
 Path = tuple[str, ...]
 
+BLOCK = 64  # rows of a matrix transposed at a time
 STACKS = ("transformer_blocks", "layers")
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}  # others keep their name
 
+# CLIP network -> the prefix of all its names but those of its projection.
+TOWERS = {"CLIPText": ("text_model.", "text_projection."), "CLIPVision": ("vision_model.", "visual_projection.")}
 # Attention of autoencoders saved before diffusers 0.12, still what the published SD 1.x and 2.x folders hold.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -31,22 +38,32 @@ class Leaf:
 
     path: Path
     names: tuple[str, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one torch tensor
+    array_shape: tuple[int, ...]  # of the leaf
     stacked: bool
 
-    def to_torch(self, array: np.ndarray, name: str) -> np.ndarray:
-        """The torch tensor `name` out of this leaf's array."""
-        return to_torch(array[self.names.index(name)] if self.stacked else array, self.path[-1])
+    def to_torch(self, array: np.ndarray | jax.Array, name: str) -> np.ndarray:
+        """The torch tensor `name` out of this leaf's array; from a device that tensor alone is fetched."""
+        layer = self.names.index(name) if self.stacked else None
+        return to_torch(_fetch(array, layer), self.path[-1])
 
-    def from_torch(self, read: Callable[[str], np.ndarray], dtype: np.dtype | None) -> np.ndarray:
-        """This leaf's array out of its torch tensors, read one at a time; `dtype` None keeps theirs."""
-        first = from_torch(read(self.names[0]), self.path[-1])
-        if not self.stacked:
-            return np.ascontiguousarray(first, dtype=dtype or first.dtype)
-        array = np.empty((len(self.names), *first.shape), dtype or first.dtype)
-        array[0] = first
-        for i, name in enumerate(self.names[1:], start=1):
-            array[i] = from_torch(read(name), self.path[-1])
+    def from_torch(
+        self, read: Callable[[str], np.ndarray], dtype: np.dtype, index: tuple[slice, ...] | None = None
+    ) -> np.ndarray:
+        """This leaf's array in `dtype`, or the part `index` of it, out of its torch tensors.
+
+        They are read one at a time and written straight to their place, so nothing is in memory twice.
+        """
+        names, within = self.names, index or ()
+        if self.stacked and index:
+            names, within = names[index[0]], index[1:]
+        array = None
+        for i, name in enumerate(names):
+            part = from_torch(read(name).reshape(self.shape), self.path[-1])[within]
+            if array is None:
+                array = aligned_empty((len(names), *part.shape) if self.stacked else part.shape, dtype)
+            _copy(array[i] if self.stacked else array, part)
+        assert array is not None
         return array
 
 
@@ -56,8 +73,9 @@ def leaves(params: PyTree) -> list[Leaf]:
     for path, leaf in sorted(flatten_dict(params).items()):
         depth = leaf.shape[0] if is_stacked(path) else None
         shape = leaf.shape if depth is None else leaf.shape[1:]
-        names = tuple(f"{module}.{LEAF_NAMES[path[-1]]}" for module in module_names(path[:-1], depth))
-        found.append(Leaf(path, names, torch_shape(shape, path[-1]), depth is not None))
+        last = LEAF_NAMES.get(path[-1], path[-1])
+        names = tuple(f"{module}.{last}" for module in module_names(path[:-1], depth))
+        found.append(Leaf(path, names, torch_shape(shape, path[-1]), tuple(leaf.shape), depth is not None))
     return found
 
 
@@ -87,6 +105,25 @@ def from_torch(array: np.ndarray, leaf: str) -> np.ndarray:
     return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
 
 
+def _fetch(array: np.ndarray | jax.Array, layer: int | None) -> np.ndarray:
+    """On the host, `array` or a layer of it. What is fetched from a device must not stay in memory with `array`,
+    where jax keeps it, so a copy is made there to fetch from.
+    """
+    if isinstance(array, jax.Array) and [device.platform for device in array.devices()] != ["cpu"]:
+        return np.asarray(jnp.copy(array) if layer is None else array[layer])
+    array = np.asarray(array)
+    return array if layer is None else array[layer]
+
+
+def _copy(into: np.ndarray, array: np.ndarray) -> None:
+    """`into[...] = array`, in blocks of the last axis where that is not the fastest one: a cache line is read once."""
+    if array.ndim < 2 or array.flags.c_contiguous:
+        into[...] = array
+        return
+    for start in range(0, array.shape[-1], BLOCK):
+        into[..., start : start + BLOCK] = array[..., start : start + BLOCK]
+
+
 def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
     """The torch shape of an unstacked array."""
     if leaf != "kernel":
@@ -97,15 +134,15 @@ def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
 def canonical_names(network: str, names: Iterable[str]) -> dict[str, str]:
     """Our name of every tensor in a file -> its name there, for the dialects of one network class.
 
-    CLIPText: transformers 5 writes no `text_model.` prefix, version 4 does, and old files carry a
+    CLIP: transformers 5 writes no `text_model.` or `vision_model.` prefix, version 4 does, and old files carry a
     `position_ids` buffer. AutoencoderKL: old attention names.
     """
     names = tuple(names)
-    if network == "CLIPText":
-        prefixed = any(name.startswith("text_model.") for name in names)
+    if network in TOWERS:
+        prefix, head = TOWERS[network]
+        prefixed = any(name.startswith(prefix) for name in names)
         kept = [name for name in names if not name.endswith("embeddings.position_ids")]
-        bare = prefixed or not kept
-        return {name if bare or name.startswith("text_projection.") else f"text_model.{name}": name for name in kept}
+        return {name if prefixed or name.startswith(head) else f"{prefix}{name}": name for name in kept}
     if network == "AutoencoderKL":
         return {_current_attention_name(name): name for name in names}
     return {name: name for name in names}

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
-from fairhuman_jax.weights.diffusers import load_model, read_config, save_model
+from fairhuman_jax.weights.diffusers import load_model, save_model
 from fairhuman_jax.weights.files import read_json, write_json
+from fairhuman_jax.weights.folders import pipeline_parts, read_config
+from fairhuman_jax.weights.hub import fetch_pipeline, is_hub_id
+from fairhuman_jax.weights.placement import Placement
 from fairhuman_jax.weights.tokenizers import load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
@@ -19,12 +22,17 @@ if TYPE_CHECKING:
 
 PyTree = Any
 
+DIFFUSERS_VERSION = "0.36.0"  # of the layout; diffusers asks for one when it loads some pipelines
+INPAINTING_CHANNELS = 9  # latents, mask, latents of the masked picture
+
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """The parts of a Stable Diffusion model; `params` by name: unet, vae, text_encoder (and text_encoder_2).
+    """The parts of a Stable Diffusion model; `params` by name: unet, vae and `text_encoder_names`.
 
-    Two text encoders make it an SDXL one.
+    Two text encoders make it an SDXL one; the SDXL refiner has the second alone. The last two fields are options of
+    `model_index.json`: SDXL's text for an empty prompt is zeros; the refiner is told an aesthetics score in place of
+    the target size.
     """
 
     unet: UNet2DCondition
@@ -33,66 +41,109 @@ class Pipeline:
     tokenizers: tuple[CLIPTokenizer, ...]
     schedule: NoiseSchedule
     params: dict[str, PyTree]
+    force_zeros_for_empty_prompt: bool = True
+    requires_aesthetics_score: bool = False
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether the model is SDXL or its refiner, whose UNets read pooled text and sizes."""
+        return len(self.text_encoders) == 2 or self.unet.addition_embed_type == "text_time"
+
+    @property
+    def text_encoder_names(self) -> tuple[str, ...]:
+        """Names of the text encoders, in diffusers' folders and in `params`."""
+        names = ("text_encoder", "text_encoder_2")
+        return names[1:] if self.is_xl and len(self.text_encoders) == 1 else names[: len(self.text_encoders)]
 
 
 def load_pipeline(
-    path: str | Path, dtype: jnp.dtype | str | None = None, *, host: bool = False, **runtime: Any
+    path: str | Path,
+    dtype: jnp.dtype | str | None = None,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    host: bool = False,
+    sharding: Placement = None,
+    **runtime: Any,
 ) -> Pipeline:
-    """The pipeline in a diffusers folder; dtype, host and runtime as in `load_model`, for every network.
+    """The pipeline in a diffusers folder, in a model on the hub (`org/name`) or in a single file.
 
+    dtype, variant, revision, host, sharding and runtime as in `load_model`, for every network.
     An autoencoder whose config says `force_upcast` overflows in float16, so it stays in float32 there.
-    Errors, one line each: no such folder, a component that is missing or does not fit its config.
+    Errors, one line each: no such folder or model, a component that is missing or does not fit its config.
     """
-    folder = Path(path)
+    if Path(path).is_file():
+        from fairhuman_jax.weights.ldm import load_single_file  # it builds on this module
+
+        return load_single_file(path, dtype, host=host, sharding=sharding, **runtime)
+    folder = fetch_pipeline(str(path), variant, revision) if is_hub_id(path) else Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; a pipeline folder holds model_index.json")
     index = read_json(folder / "model_index.json")
-    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if name not in index:
-            raise ValueError(f"{folder}/model_index.json ({index.get('_class_name')}) has no {name}")
-    second = index.get("text_encoder_2") or [None]
-    suffixes = ("", "_2") if second[0] else ("",)
-    names = ("unet", "vae", *(f"text_encoder{suffix}" for suffix in suffixes))
+    parts = pipeline_parts(index, str(folder))
     modules, params = {}, {}
-    for name in names:
+    for name in (*parts["networks"], *parts["text_encoders"]):
         kind = _vae_dtype(folder / "vae", dtype) if name == "vae" else dtype
-        modules[name], params[name] = load_model(folder, name, kind, host=host, **runtime)
+        modules[name], params[name] = load_model(
+            folder, name, kind, variant=variant, host=host, sharding=sharding, **runtime
+        )
     return Pipeline(
         unet=modules["unet"],
         vae=modules["vae"],
-        text_encoders=tuple(modules[f"text_encoder{suffix}"] for suffix in suffixes),
-        tokenizers=tuple(load_tokenizer(folder / f"tokenizer{suffix}") for suffix in suffixes),
+        text_encoders=tuple(modules[name] for name in parts["text_encoders"]),
+        tokenizers=tuple(load_tokenizer(folder / name) for name in parts["tokenizers"]),
         schedule=NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json")),
         params=params,
+        force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
+        requires_aesthetics_score=bool(index.get("requires_aesthetics_score", False)),
     )
 
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path, dtype: jnp.dtype | str | None = None) -> None:
-    """Write a folder that diffusers' StableDiffusionPipeline (or XL) loads; `model_index.json` comes last."""
+    """Write a folder that diffusers loads as the pipeline it is: SD, SDXL, the refiner, or inpainting.
+
+    dtype as in `save_model`, for every network. `model_index.json` comes last.
+    """
     folder = Path(folder)
     scheduler = pipeline.schedule.to_config()
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", scheduler.get("_class_name", "DDIMScheduler")],
-        "feature_extractor": [None, None],
-    }
-    if len(pipeline.text_encoders) == 1:
-        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    else:
-        index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    index = _model_index(pipeline)
+    index["scheduler"] = ["diffusers", scheduler.get("_class_name", "DDIMScheduler")]
     save_model(pipeline.unet, pipeline.params["unet"], folder / "unet", dtype)
     save_model(pipeline.vae, pipeline.params["vae"], folder / "vae", dtype)
-    for i, (encoder, tokenizer) in enumerate(zip(pipeline.text_encoders, pipeline.tokenizers, strict=True)):
-        suffix = f"_{i + 1}" if i else ""
-        name = f"text_encoder{suffix}"
+    encoders = zip(pipeline.text_encoder_names, pipeline.text_encoders, pipeline.tokenizers, strict=True)
+    for name, encoder, tokenizer in encoders:
+        tokenizer_name = name.replace("text_encoder", "tokenizer")
         save_model(encoder, pipeline.params[name], folder / name, dtype)
-        save_tokenizer(tokenizer, folder / f"tokenizer{suffix}")
+        save_tokenizer(tokenizer, folder / tokenizer_name)
         index[name] = ["transformers", encoder.to_config()["architectures"][0]]
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+        index[tokenizer_name] = ["transformers", "CLIPTokenizer"]
     write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": index["scheduler"][1], **scheduler})
     write_json(folder / "model_index.json", index)
+
+
+def _model_index(pipeline: Pipeline) -> dict[str, Any]:
+    """`model_index.json` without scheduler, text encoders and tokenizers; absent parts are null."""
+    index: dict[str, Any] = {
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "feature_extractor": [None, None],
+    }
+    inpaints = pipeline.unet.in_channels == INPAINTING_CHANNELS
+    if not pipeline.is_xl:
+        kind = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+        return index | {"_class_name": kind, "safety_checker": [None, None], "requires_safety_checker": False}
+    refines = len(pipeline.text_encoders) == 1
+    kind = "Inpaint" if inpaints else "Img2Img" if refines else ""
+    index |= {
+        "_class_name": f"StableDiffusionXL{kind}Pipeline",
+        "force_zeros_for_empty_prompt": pipeline.force_zeros_for_empty_prompt,
+    }
+    if kind:
+        index["requires_aesthetics_score"] = pipeline.requires_aesthetics_score
+    if refines:
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    return index
 
 
 def _vae_dtype(folder: Path, dtype: jnp.dtype | str | None) -> jnp.dtype | str | None:

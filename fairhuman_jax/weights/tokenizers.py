@@ -60,7 +60,7 @@ def build_small_clip_tokenizer(
     """
     from transformers import CLIPTokenizer
 
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     units = [*alphabet, *(char + END_OF_WORD for char in alphabet)]
     vocabulary = {token: i for i, token in enumerate([*units, START, END])}
     splitter = CLIPTokenizer(vocab=vocabulary, merges=[]).backend_tokenizer
@@ -83,6 +83,30 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> np.ndarray:
     return np.asarray(encoded["input_ids"], np.int32)
 
 
+def count_chunks(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> int:
+    """Chunks of `model_max_length - 2` words' tokens that the longest caption fills, at least 1."""
+    return max(1, *(-(-len(ids) // (tokenizer.model_max_length - 2)) for ids in _inner_ids(tokenizer, captions)))
+
+
+def tokenize_chunks(tokenizer: CLIPTokenizer, captions: Sequence[str], chunks: int) -> np.ndarray:
+    """Captions -> int32 ids [B, chunks, model_max_length]: each chunk has its own start, end and padding.
+
+    Nothing is cut when `chunks` is at least `count_chunks`. A tokenizer's usual row is the first chunk.
+    """
+    limit = tokenizer.model_max_length - 2
+    rows = []
+    for ids in _inner_ids(tokenizer, captions):
+        for first in range(0, chunks * limit, limit):
+            words = [tokenizer.bos_token_id, *ids[first : first + limit], tokenizer.eos_token_id]
+            rows.append(words + [tokenizer.pad_token_id] * (limit + 2 - len(words)))
+    return np.asarray(rows, np.int32).reshape(len(captions), chunks, limit + 2)
+
+
+def _inner_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[list[int]]:
+    """Ids of each caption's words, without start and end."""
+    return tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def tokens_cut(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> dict[int, int]:
     """Which captions are too long: index -> number of tokens that `tokenize` drops from the end."""
     lengths = (len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"])
@@ -90,7 +114,7 @@ def tokens_cut(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> dict[int, i
     return {i: length - limit for i, length in enumerate(lengths) if length > limit}
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The printable stand-ins of the 256 bytes, in CLIP's order: printable ones first, as themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

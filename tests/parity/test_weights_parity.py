@@ -1,4 +1,4 @@
-"""What save_pipeline and save_lora write, diffusers loads and computes the same with."""
+"""What is written here, diffusers loads and computes the same with; what passes through here keeps every bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from fairhuman_jax.weights import (
     expected_params,
     load_lora,
     load_model,
+    load_pipeline,
     save_lora,
+    save_model,
     save_pipeline,
     tokenize,
 )
@@ -112,6 +114,125 @@ def test_saved_pipeline_draws_in_diffusers(torch_pipeline):
     image = torch_pipeline("two raised hands", num_inference_steps=2, height=8, width=8, output_type="np").images
     assert image.shape == (1, 8, 8, 3)
     assert np.isfinite(image).all()
+
+
+def bits(module):
+    return {name: tensor.contiguous().view(torch.uint8) for name, tensor in module.state_dict().items()}
+
+
+def assert_same_bits(ours, theirs):
+    found, expected = bits(ours), bits(theirs)
+    assert found.keys() == expected.keys() and len(expected) > 0
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+XL_UNET = UNET | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 2,
+    "projection_class_embeddings_input_dim": 6 * 2 + 8,
+}
+KINDS = {
+    "SD": (diffusers.StableDiffusionPipeline, UNET, {}),
+    "inpainting": (diffusers.StableDiffusionInpaintPipeline, UNET | {"in_channels": 9}, {}),
+    "XL": (diffusers.StableDiffusionXLPipeline, XL_UNET | {"cross_attention_dim": 16}, {}),
+    "refiner": (diffusers.StableDiffusionXLImg2ImgPipeline, XL_UNET, {"requires_aesthetics_score": True}),
+}
+
+
+def torch_pipeline_of(kind, tokenizer):
+    """A pipeline of random weights made by diffusers itself."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    network, unet, options = KINDS[kind]
+    ends = {"bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1, "pad_token_id": len(tokenizer) - 1}
+    config = CLIPTextConfig(**CLIP, **ends, vocab_size=len(tokenizer), projection_dim=8)
+    first, second = {"text_encoder": CLIPTextModel(config), "tokenizer": tokenizer}, {}
+    parts = {"vae": diffusers.AutoencoderKL(**VAE), "unet": diffusers.UNet2DConditionModel(**unet)}
+    if kind in ("XL", "refiner"):
+        second = {"text_encoder_2": CLIPTextModelWithProjection(config), "tokenizer_2": tokenizer}
+        first = first if kind == "XL" else {"text_encoder": None, "tokenizer": None}
+        options = options | {"force_zeros_for_empty_prompt": kind == "XL"}
+    else:
+        options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return network(**parts, **first, **second, scheduler=diffusers.DDIMScheduler(), **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipeline_through_here_is_the_same_bit_for_bit(kind, pipeline, tmp_path):
+    theirs = torch_pipeline_of(kind, pipeline.tokenizers[0]).to(torch.float16 if kind == "XL" else torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs", variant="fp16" if kind == "XL" else None)
+    loaded = load_pipeline(tmp_path / "theirs", variant="fp16" if kind == "XL" else None, host=True)
+    save_pipeline(loaded, tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours", torch_dtype=theirs.dtype)
+    assert diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours").__class__ is type(theirs)
+    for name, module in theirs.components.items():
+        if isinstance(module, torch.nn.Module):
+            assert_same_bits(getattr(again, name), module)
+    for option in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
+        assert getattr(again.config, option, None) == getattr(theirs.config, option, None)
+
+
+NETWORKS = {
+    "controlnet": lambda: diffusers.ControlNetModel(
+        **{
+            key: UNET[key]
+            for key in ("block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups")
+        },
+        down_block_types=UNET["down_block_types"],
+        cross_attention_dim=8,
+        transformer_layers_per_block=2,
+        conditioning_embedding_out_channels=[4, 8],
+    ),
+    "adapter": lambda: diffusers.T2IAdapter(channels=[4, 8], num_res_blocks=1, downscale_factor=2),
+    "adapter_xl": lambda: diffusers.T2IAdapter(
+        channels=[4, 8, 8], num_res_blocks=2, downscale_factor=4, adapter_type="full_adapter_xl"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_network_through_here_is_the_same_bit_for_bit(kind, tmp_path):
+    torch.manual_seed(1)
+    theirs = NETWORKS[kind]()
+    for parameter in theirs.parameters():  # ControlNets start with zeros, which would hide a swap
+        torch.nn.init.normal_(parameter)
+    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=kind != "adapter", max_shard_size="4KB")
+    save_model(*load_model(tmp_path / "theirs"), tmp_path / "ours")
+    assert_same_bits(type(theirs).from_pretrained(tmp_path / "ours"), theirs)
+
+
+def test_image_encoders_of_transformers(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(**CLIP, image_size=4, patch_size=2, projection_dim=4)
+    for network in (CLIPVisionModel, CLIPVisionModelWithProjection):
+        theirs = network(config)
+        theirs.save_pretrained(tmp_path / "theirs")
+        save_model(*load_model(tmp_path / "theirs"), tmp_path / "ours")
+        again, info = network.from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert_same_bits(again, theirs)
+
+
+def test_text_encoders_of_old_and_new_transformers(pipeline, folder, tmp_path):
+    """Version 4 wrote `text_model.` before every name and a buffer of positions, version 5 writes neither."""
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPTextModel
+
+    new = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    new.save_pretrained(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "new" / "config.json").read_bytes())
+    tensors = {
+        name if name.startswith("text_model.") else f"text_model.{name}": tensor
+        for name, tensor in load_file(tmp_path / "new" / "model.safetensors").items()
+    }
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, tmp_path / "old" / "model.safetensors")
+    for version in ("old", "new"):
+        _, params = load_model(tmp_path / version)
+        jax.tree.map(np.testing.assert_array_equal, params, pipeline.params["text_encoder"])
 
 
 def test_unet_saved_by_diffusers_loads(pipeline, torch_pipeline, tmp_path):

@@ -144,12 +144,13 @@ def test_all_wrong_tensors_are_in_one_error(clip_folder):
         tensors["text_model.encoder.layers.0.mlp.fc2.weight"] = np.zeros((8, 13), np.float32)
 
     rewrite(clip_folder, change)
-    with pytest.raises(ValueError, match=r"model\.safetensors does not fit its config\.json") as error:
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit its config \(CLIPText\)") as error:
         load_model(clip_folder)
     message = str(error.value)
     assert "2 missing (text_model.encoder.layers.1.mlp.fc1.weight, text_model.final_layer_norm.bias)" in message
     assert "1 unknown (text_model.extra)" in message
     assert "text_model.encoder.layers.0.mlp.fc2.weight [8, 13] for [8, 12]" in message
+    assert message.endswith("; it looks like a CLIP text encoder (width 8)")
     assert "\n" not in message
 
 
@@ -191,12 +192,56 @@ def test_wrong_folders_say_what_would_be_right(clip_folder, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="subfolder='unet'"):
         load_model(tmp_path)
-    (clip_folder / "model.safetensors").rename(clip_folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin: save it once with safe_serialization=True"):
+    (clip_folder / "model.safetensors").rename(clip_folder / "flax_model.msgpack")
+    with pytest.raises(FileNotFoundError, match=r"and no model\.safetensors; it holds flax_model\.msgpack"):
         load_model(clip_folder)
     (clip_folder / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(ValueError, match="is for BertModel; known networks: AutoencoderKL"):
         load_model(clip_folder)
+
+
+def test_variants_and_full_precision_first(clip_folder):
+    full = load_model(clip_folder)[1]
+    with pytest.raises(FileNotFoundError, match=r"no weights of the variant 'fp16'; it holds model\.safetensors"):
+        load_model(clip_folder, variant="fp16")
+    half = {name: tensor.astype(np.float16) for name, tensor in load_file(clip_folder / "model.safetensors").items()}
+    save_file(half, clip_folder / "model.fp16.safetensors")
+    assert_equal_trees(full, load_model(clip_folder)[1])
+    chosen = jax.tree.leaves(load_model(clip_folder, variant="fp16")[1])
+    assert {leaf.dtype for leaf in chosen} == {jnp.dtype(jnp.float16)}
+    shards = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {name: shards[i % 2] for i, name in enumerate(sorted(half))}
+    for shard in shards:
+        save_file({name: half[name] for name in half if weight_map[name] == shard}, clip_folder / shard)
+    (clip_folder / "model.fp16.safetensors").unlink()
+    index = clip_folder / "model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for ours, again in zip(chosen, jax.tree.leaves(load_model(clip_folder, variant="fp16")[1]), strict=True):
+        np.testing.assert_array_equal(ours, again)
+    save_file({"final_layer_norm.bias": half["text_model.final_layer_norm.bias"]}, clip_folder / shards[0])
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(ValueError, match="shards lie beside their index"):
+        load_model(clip_folder, variant="fp16")
+
+
+def test_layers_of_different_types_take_the_wider(clip_folder):
+    name = "text_model.encoder.layers.1.mlp.fc1.weight"
+    rewrite(clip_folder, lambda tensors: tensors.update({name: tensors[name].astype(np.float16)}))
+    path = ("text_model", "encoder", "layers", "mlp", "fc1", "kernel")
+    assert flatten_dict(load_model(clip_folder)[1])[path].dtype == jnp.float32
+    rewrite(clip_folder, lambda tensors: tensors.update({name: tensors[name].astype(np.float64)}))
+    assert flatten_dict(load_model(clip_folder)[1])[path].dtype == jnp.float32
+
+
+def test_network_out_of_a_single_file(tmp_path):
+    """A file holding one network is opened as that; one of a kind that is not known is refused."""
+    module = AutoencoderKL.from_config(VAE | {"block_out_channels": [32, 32], "norm_num_groups": 32})
+    params = random_params(module)
+    save_model(module, params, tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    assert_equal_trees(params, load_model(path)[1])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors .* has no unet, only vae"):
+        load_model(path, "unet")
 
 
 def test_foreign_parameters_are_not_saved(clip_folder):

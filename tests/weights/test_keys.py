@@ -46,8 +46,12 @@ def test_leaves_come_back_from_torch_order():
     }
     for leaf in leaves(params):
         tensors = {name: leaf.to_torch(arrays[leaf.path], name) for name in leaf.names}
-        back = leaf.from_torch(tensors.__getitem__, None)
+        back = leaf.from_torch(tensors.__getitem__, np.dtype(np.float64))
         np.testing.assert_array_equal(back, arrays[leaf.path])
+        assert back.ctypes.data % 64 == 0
+        index = (slice(1, 3), slice(0, 1), slice(None), slice(2, 5))[: back.ndim]
+        part = leaf.from_torch(tensors.__getitem__, np.dtype(np.float64), index)
+        np.testing.assert_array_equal(part, arrays[leaf.path][index])
         assert leaf.from_torch(tensors.__getitem__, np.dtype(np.float16)).dtype == np.float16
 
 
@@ -60,6 +64,25 @@ def test_text_encoder_names_with_and_without_prefix():
     }
     prefixed = ["text_model.final_layer_norm.bias", "text_model.embeddings.position_ids"]
     assert canonical_names("CLIPText", prefixed) == {prefixed[0]: prefixed[0]}
+
+
+def test_image_encoder_names():
+    """transformers 5 writes the bare names, the version with projection and version 4 those with a prefix."""
+    bare = ["embeddings.class_embedding", "embeddings.position_ids", "pre_layrnorm.weight"]
+    assert canonical_names("CLIPVision", bare) == {f"vision_model.{name}": name for name in (bare[0], bare[2])}
+    assert list(canonical_names("CLIPVision", ["vision_model.a", "visual_projection.weight"])) == [
+        "vision_model.a",
+        "visual_projection.weight",
+    ]
+
+
+def test_large_matrices_are_transposed_whole():
+    """Larger than the block that is copied at a time, and no multiple of it."""
+    params = {"fc": {"kernel": np.arange(70.0 * 150).reshape(70, 150)}}
+    (leaf,) = leaves(params)
+    tensors = {leaf.names[0]: np.ascontiguousarray(params["fc"]["kernel"].T)}
+    array = leaf.from_torch(tensors.__getitem__, np.dtype(np.float32))
+    np.testing.assert_array_equal(array, params["fc"]["kernel"])
 
 
 def test_old_autoencoder_attention_names():

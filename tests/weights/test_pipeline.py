@@ -98,6 +98,44 @@ def test_two_text_encoders_make_an_xl_folder(pipeline, tmp_path):
     )
 
 
+@pytest.fixture
+def refiner(pipeline):
+    (encoder,), changes = pipeline.text_encoders, {"addition_embed_type": "text_time", "addition_time_embed_dim": 2}
+    unet = UNet2DCondition.from_config(UNET | changes | {"projection_class_embeddings_input_dim": 6 * 2 + 3})
+    encoder = CLIPText.from_config(
+        encoder.to_config() | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 3}
+    )
+    rng = np.random.default_rng(1)
+    params = {
+        name: jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), expected_params(module))
+        for name, module in {"unet": unet, "text_encoder_2": encoder}.items()
+    }
+    return replace(
+        pipeline,
+        unet=unet,
+        text_encoders=(encoder,),
+        params={"vae": pipeline.params["vae"], **params},
+        force_zeros_for_empty_prompt=False,
+        requires_aesthetics_score=True,
+    )
+
+
+def test_refiner_has_the_second_text_encoder_alone(refiner, tmp_path):
+    save_pipeline(refiner, tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLImg2ImgPipeline"
+    assert index["text_encoder"] == index["tokenizer"] == [None, None]
+    assert not (tmp_path / "text_encoder").exists()
+    again = load_pipeline(tmp_path)
+    assert again.text_encoder_names == ("text_encoder_2",)
+    assert again.params.keys() == {"unet", "vae", "text_encoder_2"}
+    assert again.requires_aesthetics_score and not again.force_zeros_for_empty_prompt
+    del index["tokenizer_2"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"\(StableDiffusionXLImg2ImgPipeline\) has no tokenizer_2"):
+        load_pipeline(tmp_path)
+
+
 def test_autoencoder_stays_in_float32_where_float16_overflows(folder):
     half = load_pipeline(folder, dtype="float16")
     assert half.vae.dtype == jnp.float32

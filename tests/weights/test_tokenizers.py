@@ -14,6 +14,7 @@ from fairhuman_jax.weights import (
     tokenize,
     tokens_cut,
 )
+from fairhuman_jax.weights.tokenizers import count_chunks, tokenize_chunks
 
 pytest.importorskip("transformers")
 
@@ -107,3 +108,18 @@ def test_folders_that_are_no_tokenizer_are_refused(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(ValueError, match="must state model_max_length"):
         load_tokenizer(tmp_path)
+
+
+def test_chunks_hold_a_long_caption_whole(tokenizer):
+    assert count_chunks(tokenizer, ["a zebra"]) == 1
+    long = " ".join(["a zebra"] * tokenizer.model_max_length)
+    chunks = count_chunks(tokenizer, ["a zebra", long])
+    ids = tokenize_chunks(tokenizer, ["a zebra", long], chunks)
+    assert ids.shape == (2, chunks, tokenizer.model_max_length)
+    np.testing.assert_array_equal(ids[0, 0], tokenize(tokenizer, ["a zebra"])[0])
+    assert (ids[:, :, 0] == tokenizer.bos_token_id).all()
+    assert ((ids == tokenizer.eos_token_id).any(axis=-1)).all()
+    words = tokenizer.decode(ids[1].reshape(-1), skip_special_tokens=True).split()
+    assert words == long.split()
+    shorter = tokenize_chunks(tokenizer, [long], chunks - 1)
+    assert tokenizer.decode(shorter.reshape(-1), skip_special_tokens=True).split() != words

@@ -1,0 +1,64 @@
+"""CLIP's tokenizer for checkpoints that bring none: single files hold networks and no vocabulary."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairhuman_jax.weights.tokenizers import END, END_OF_WORD, START, byte_alphabet, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+TABLE = "bpe_simple_vocab_16e6.txt.gz"
+MERGES = 48894
+LENGTH = 77
+OPENCLIP_PAD = "!"  # id 0
+CLIP_PAD = END
+
+
+def clip_tokenizer(source: str | Path | None = None, *, pad: str = CLIP_PAD) -> CLIPTokenizer:
+    """A CLIP tokenizer that pads with the token `pad` (CLIP: the end token; OpenCLIP: "!", id 0).
+
+    source: a tokenizer folder, a pipeline folder with one, or the table `bpe_simple_vocab_16e6.txt.gz` (49408 tokens,
+    77 a prompt). None takes the table that ships with this package.
+    Errors: no such folder or file.
+    """
+    shipped = Path(str(resources.files("fairhuman_jax") / "assets" / "clip-tokenizer" / TABLE))
+    path = shipped if source is None else Path(source)
+    if path.is_file():
+        return tokenizer_from_table(path, pad=pad)
+    inner = path / "tokenizer"
+    tokenizer = load_tokenizer(inner if inner.is_dir() else path)
+    if str(tokenizer.pad_token) == pad:
+        return tokenizer
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    return _tokenizer(tokenizer.get_vocab(), merges, tokenizer.model_max_length, pad)
+
+
+def tokenizer_from_table(path: Path, *, pad: str = CLIP_PAD) -> CLIPTokenizer:
+    """The tokenizer of CLIP's own table of merges: bytes, bytes that end a word, 48894 merges, start and end token.
+
+    Errors: a file that is no such table. Source: the reference code of CLIP, `simple_tokenizer.py`.
+    """
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not CLIP's table of merges, {TABLE} ({error})") from error
+    merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
+    if len(merges) != MERGES or any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"{path} is not CLIP's table of {MERGES} merges, {TABLE}")
+    alphabet = byte_alphabet()
+    units = [*alphabet, *(char + END_OF_WORD for char in alphabet)]
+    tokens = [*units, *("".join(merge) for merge in merges), START, END]
+    return _tokenizer({token: i for i, token in enumerate(tokens)}, merges, LENGTH, pad)
+
+
+def _tokenizer(vocabulary: dict[str, int], merges: list[Any], length: int, pad: str) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer  # slow to import, and only text needs it
+
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length, pad_token=pad)
