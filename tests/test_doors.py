@@ -80,7 +80,7 @@ def test_training_ends_with_table_picture_and_lora(config, tmp_path, capsys):
         (["missing.py"], "missing.py: no such configuration file"),
         (["CONFIG", "--set", "train.stepz=3"], "has no 'stepz'; did you mean steps?"),
         (["CONFIG", "--set", "train.steps=many"], "train.steps=many: needs int"),
-        (["CONFIG", "--set", "system.base=/nowhere"], "base model '/nowhere': no such folder"),
+        (["CONFIG", "--set", "system.base=/nowhere"], "base model /nowhere: no such folder"),
         (["CONFIG", "--set", "data.folder=/nowhere"], "/nowhere"),
         (["CONFIG", "--set", "optimizer.schedule=sudden"], "known: constant, cosine"),
         (["CONFIG", "--set", "fair.method=fairest"], "unknown method 'fairest'"),
@@ -126,7 +126,7 @@ def test_loras_add_up(base, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--base", "/nowhere"], "base model '/nowhere': no such folder, and not one that ships (people)"),
+        (["--base", "/nowhere"], "base model /nowhere: no such folder"),
         (["--base", "BASE", "--size", "17"], "--size 17x17: both sides must be multiples of 2"),
         (["--base", "BASE", "--size", "huge"], "write 64 or 64x96"),
         (["--base", "BASE", "--lora", "/nowhere.safetensors"], "/nowhere.safetensors"),
@@ -159,7 +159,7 @@ def test_a_prompt_too_long_is_cut_with_a_word(base, tmp_path, capsys):
 def test_every_core_becomes_a_device(flags, batch, expected):
     code = (
         "import jax, os; os.cpu_count = lambda: 7\n"
-        "from fairhuman_jax.doors import _make_every_core_a_device as make\n"
+        "from fairhuman_jax.doors.common import make_every_core_a_device as make\n"
         f"make({batch}); print(len(jax.devices()))"
     )
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

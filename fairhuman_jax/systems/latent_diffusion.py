@@ -3,81 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.diffusion import add_noise, classifier_free, ddim, sample, sample_timesteps, target
+from fairhuman_jax.diffusion import add_noise, sample_timesteps, target
+from fairhuman_jax.models import ControlNet, T2IAdapter
+from fairhuman_jax.models.vae_tiling import tiled_decode
+from fairhuman_jax.systems.conditioning import Conditioning
 from fairhuman_jax.systems.contract import Batch, PreviewConfig, sample_keys
-from fairhuman_jax.weights import Pipeline, tokenize
+from fairhuman_jax.systems.sampling import SampleRequest, draw, make_request
+from fairhuman_jax.weights import Pipeline, count_chunks, tokenize, tokenize_chunks
 
 PyTree = Any
 Params = dict[str, PyTree]
-
-
-@flax.struct.dataclass
-class SampleRequest:
-    """One compiled shape of sampling: arrays may change from call to call, the static fields choose the program.
-
-    input_ids and negative_ids: {"input_ids": [N, L], ...}, one array a text encoder; seeds [N] int32; guidance scalar;
-    latents: starting noise [N, h, w, c] or None, to draw it from the seeds.
-    """
-
-    input_ids: dict[str, jax.Array]
-    negative_ids: dict[str, jax.Array]
-    seeds: jax.Array
-    guidance: jax.Array
-    latents: jax.Array | None = None
-    height: int = flax.struct.field(pytree_node=False, default=64)
-    width: int = flax.struct.field(pytree_node=False, default=64)
-    steps: int = flax.struct.field(pytree_node=False, default=30)
+TILE_ABOVE = 128  # latents a side; larger ones are decoded in tiles
 
 
 @dataclass(frozen=True, eq=False)
 class LatentDiffusion:
     """A pipeline's networks with the functions that training and sampling on it have in common.
 
-    Networks and schedule are static; parameters travel as the argument `params`, by network: unet, vae, text_encoder
-    (and text_encoder_2). `lora` trees go by the same names.
+    Networks and schedule are static; parameters travel as the argument `params`, by network: those of
+    `Pipeline.params`, and controlnet, controlnet_2, ... and adapter, adapter_2, ... for `controlnets` and `adapters`.
+    `lora` trees go by the same names.
     """
 
     pipeline: Pipeline
+    controlnets: tuple[ControlNet, ...] = field(default=(), kw_only=True)
+    adapters: tuple[T2IAdapter, ...] = field(default=(), kw_only=True)
 
     @property
-    def micro_conditioned(self) -> bool:
-        """Whether the denoiser takes pooled text and sizes (SDXL)."""
-        return self.pipeline.unet.to_config().get("addition_embed_type") == "text_time"
+    def inpaints(self) -> bool:
+        """Whether the denoiser reads mask and masked picture beside its latents."""
+        return self.pipeline.unet.in_channels == 2 * self._latent_channels + 1
 
-    def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Captions -> {"input_ids": int32 [B, L]}, with input_ids_2 for a second text encoder."""
-        return {
-            _ids_name(i): tokenize(tokenizer, list(captions)) for i, tokenizer in enumerate(self.pipeline.tokenizers)
-        }
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of a picture."""
+        factor = self.pipeline.vae.downscale
+        return height // factor, width // factor, self._latent_channels
+
+    def tokenize(self, captions: Sequence[str], chunks: int | None = None) -> dict[str, np.ndarray]:
+        """Captions -> {"input_ids": int32 [B, L]}, with input_ids_2 for a second text encoder.
+
+        With `chunks` = n the arrays are [B, n, L]: long captions go on in further chunks instead of being cut.
+        """
+        ids = {}
+        for i, tokenizer in enumerate(self.pipeline.tokenizers):
+            name = numbered("input_ids", i)
+            if chunks is None:
+                ids[name] = tokenize(tokenizer, list(captions))
+            else:
+                ids[name] = tokenize_chunks(tokenizer, list(captions), chunks)
+        return ids
+
+    def chunks(self, captions: Sequence[str]) -> int:
+        """The number of chunks that hold the longest caption."""
+        return max(count_chunks(tokenizer, captions) for tokenizer in self.pipeline.tokenizers)
 
     def encode_text(
         self, params: Params, ids: dict[str, jax.Array], lora: Params | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Token ids -> (hidden states [B, L, D], pooled vector [B, P]).
 
-        One encoder: its last hidden state. Two (SDXL): both penultimate states side by side, and the second's pooled.
+        Ids are [B, L], or [B, n, L] for prompts in n chunks: hidden states then follow each other, and the pooled
+        vector is the first chunk's. SDXL reads the penultimate states of all its encoders side by side and the last
+        one's pooled vector, Stable Diffusion 1 and 2 the last hidden state.
         """
-        outputs = []
-        for i, encoder in enumerate(self.pipeline.text_encoders):
-            name = _numbered("text_encoder", i)
-            outputs.append(encoder.apply(_variables(params, lora, name), ids[_ids_name(i)]))
-        if len(outputs) == 1:
-            return outputs[0]["last_hidden_state"], outputs[0]["pooled"]
-        return jnp.concatenate([output["penultimate"] for output in outputs], -1), outputs[-1]["pooled"]
+        states, pooled = [], []
+        encoders = zip(self.pipeline.text_encoder_names, self.pipeline.text_encoders, strict=True)
+        for i, (name, encoder) in enumerate(encoders):
+            tokens = ids[numbered("input_ids", i)]
+            collections = _variables(params, lora, name)
+            output = cast(Any, encoder.apply(collections, tokens.reshape(-1, tokens.shape[-1])))
+            state = output["penultimate" if self.pipeline.is_xl else "last_hidden_state"]
+            states.append(state.reshape(tokens.shape[0], -1, state.shape[-1]))
+            pooled.append(output["pooled"].reshape(tokens.shape[0], -1, output["pooled"].shape[-1])[:, 0])
+        return jnp.concatenate(states, -1), pooled[-1]
 
     def encode_image(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 images [B, H, W, 3] -> mean and log-variance of the latent posterior [B, h, w, c], unscaled."""
-        vae = cast(Any, self.pipeline.vae)
-        pixels = image.astype(jnp.float32) / 127.5 - 1.0
-        return vae.apply({"params": params["vae"]}, pixels, method=vae.encode)
+        return self._encode(params, image.astype(jnp.float32) / 127.5 - 1.0)
+
+    def encode_posterior(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] in [-1, 1] -> scaled latents [B, h, w, c], drawn with `noise` of their shape."""
+        return self._draw_posterior(*self._encode(params, image), noise)
 
     def latents(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """Scaled latents [B, h, w, c] drawn from the posterior, from `image` or from cached `latent_mean/logvar`."""
@@ -85,31 +98,56 @@ class LatentDiffusion:
             mean, logvar = batch["latent_mean"], batch["latent_logvar"]
         else:
             mean, logvar = self.encode_image(params, batch["image"])
-        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        return (mean + jnp.exp(0.5 * logvar) * noise) * self.pipeline.vae.scaling_factor
+        return self._draw_posterior(mean, logvar, noise)
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Scaled latents -> images [B, H, W, 3] in [-1, 1]."""
+        """Scaled latents -> images [B, H, W, 3] in [-1, 1]; above `TILE_ABOVE` latents a side in tiles."""
         vae = cast(Any, self.pipeline.vae)
-        image = vae.apply({"params": params["vae"]}, latents / vae.scaling_factor, method=vae.decode)
-        return jnp.clip(image, -1.0, 1.0)
+
+        def whole(part: jax.Array) -> jax.Array:
+            return vae.apply({"params": params["vae"]}, part, method=vae.decode)
+
+        latents = latents / vae.scaling_factor
+        large = max(latents.shape[1:3]) > TILE_ABOVE
+        return jnp.clip(tiled_decode(whole, latents) if large else whole(latents), -1.0, 1.0)
+
+    def adapter_features(
+        self, params: Params, conditions: Sequence[jax.Array], scales: Sequence[jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        """Features of all T2I-Adapters for their pictures [B, H, W, 3] in [0, 1], times their strengths and summed."""
+        total: tuple[jax.Array, ...] = ()
+        for i, (adapter, condition, scale) in enumerate(zip(self.adapters, conditions, scales, strict=True)):
+            features = adapter.apply({"params": params[numbered("adapter", i)]}, condition)
+            features = tuple(scale * feature for feature in cast(Any, features))
+            total = tuple(a + b for a, b in zip(total, features, strict=True)) if total else features
+        return total
 
     def denoise(
         self,
         params: Params,
         latents: jax.Array,
         timesteps: jax.Array,
-        text: tuple[jax.Array, jax.Array],
-        time_ids: jax.Array | None,
+        conditioning: Conditioning,
         lora: Params | None = None,
     ) -> jax.Array:
-        """The network's output for noisy latents [B, h, w, c] at timesteps [B]."""
-        hidden, pooled = text
-        added = {"text_embeds": pooled, "time_ids": time_ids} if self.micro_conditioned else None
+        """The network's output for noisy latents [B, h, w, c] at timesteps [B]; ControlNets see the latents alone."""
+        hidden, added = conditioning.hidden, None
+        if self.pipeline.is_xl:
+            added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
+        residuals = None
+        for i, net in enumerate(self.controlnets):
+            condition, scale = conditioning.conditions[i], conditioning.scales[i]
+            collections = {"params": params[numbered("controlnet", i)]}
+            more = net.apply(collections, latents, timesteps, hidden, condition, scale, added)
+            residuals = more if residuals is None else jax.tree.map(jnp.add, residuals, more)
+        down, mid = (None, None) if residuals is None else cast(Any, residuals)
+        if conditioning.extra is not None:
+            latents = jnp.concatenate([latents, conditioning.extra], axis=-1)
         unet = cast(Any, self.pipeline.unet)
-        output = unet.apply(_variables(params, lora, "unet"), latents, timesteps, hidden, added)
-        return output.astype(jnp.float32)
+        features = conditioning.features or None
+        collections = _variables(params, lora, "unet")
+        return unet.apply(collections, latents, timesteps, hidden, added, down, mid, features).astype(jnp.float32)
 
     def noisy_prediction(
         self,
@@ -138,58 +176,16 @@ class LatentDiffusion:
             timesteps = jnp.floor(batch["times"] * steps).astype(jnp.int32)
         else:
             timesteps = jax.vmap(lambda k: sample_timesteps(k, (), steps, timestep_mode))(keys[:, 3])
-        text = self.encode_text(params, batch, lora)
+        text = Conditioning(*self.encode_text(params, batch, lora), time_ids=batch.get("time_ids"))
         noisy = add_noise(schedule, clean, noise, timesteps)
-        output = self.denoise(params, noisy, timesteps, text, batch.get("time_ids"), lora)
+        output = self.denoise(params, noisy, timesteps, text, lora)
         return {"output": output, "target": target(schedule, clean, noise, timesteps)}, timesteps
 
     def sample_images(
         self, params: Params, request: SampleRequest, key: jax.Array, lora: Params | None = None
     ) -> jax.Array:
-        """DDIM with classifier-free guidance -> images [N, H, W, 3] in [-1, 1]; each depends on its own seed alone."""
-        count = request.seeds.shape[0]
-        factor = self.pipeline.vae.downscale
-        latents = request.latents
-        if latents is None:
-            shape = (request.height // factor, request.width // factor, self.pipeline.vae.config["latent_channels"])
-            keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(request.seeds)
-            latents = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
-        size = jnp.array([request.height, request.width, 0, 0, request.height, request.width], jnp.float32)
-        time_ids = jnp.broadcast_to(size, (count, 6))
-
-        def predict(x, timestep, text):
-            rows = x.shape[0]
-            timesteps = jnp.broadcast_to(timestep, (rows,))
-            return self.denoise(params, x, timesteps, text, jnp.tile(time_ids, (rows // count, 1)), lora)
-
-        conditional = self.encode_text(params, request.input_ids, lora)
-        unconditional = self.encode_text(params, request.negative_ids, lora)
-        guided = classifier_free(predict, conditional, unconditional, request.guidance)
-        latents = sample(guided, latents, key, self.pipeline.schedule, request.steps, ddim())
-        return self.decode(params, latents)
-
-    def request(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance: float,
-        size: tuple[int, int],
-        negative: str = "",
-    ) -> SampleRequest:
-        """A request for one image a prompt; `size` is (height, width), multiples of the latent factor and the stride
-        of the denoiser."""
-        ids, negatives = self.tokenize(prompts), self.tokenize([negative] * len(prompts))
-        return SampleRequest(
-            input_ids={name: jnp.asarray(array) for name, array in ids.items()},
-            negative_ids={name: jnp.asarray(array) for name, array in negatives.items()},
-            seeds=jnp.asarray(seeds, jnp.int32),
-            guidance=jnp.float32(guidance),
-            height=size[0],
-            width=size[1],
-            steps=steps,
-        )
+        """Images [N, H, W, 3] in [-1, 1] for a request (systems/sampling.py)."""
+        return draw(self, params, request, key, lora)
 
     def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[SampleRequest, list[str]]:
         """A request for the configured prompts at the size of the training images."""
@@ -199,16 +195,25 @@ class LatentDiffusion:
         else:
             height, width = (side * self.pipeline.vae.downscale for side in held_out["latent_mean"].shape[1:3])
         size = (height, width)
-        request = self.request(config.prompts, seeds, steps=config.steps, guidance=config.guidance, size=size)
+        request = make_request(self, config.prompts, seeds, steps=config.steps, guidance=config.guidance, size=size)
         return request, list(config.prompts)
 
+    @property
+    def _latent_channels(self) -> int:
+        return self.pipeline.vae.config["latent_channels"]
 
-def _numbered(name: str, index: int) -> str:
+    def _encode(self, params: Params, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        vae = cast(Any, self.pipeline.vae)
+        return vae.apply({"params": params["vae"]}, pixels, method=vae.encode)
+
+    def _draw_posterior(self, mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> jax.Array:
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        return (mean + jnp.exp(0.5 * logvar) * noise) * self.pipeline.vae.scaling_factor
+
+
+def numbered(name: str, index: int) -> str:
+    """Names of several of a kind as diffusers has them: name, name_2, name_3, ..."""
     return name if index == 0 else f"{name}_{index + 1}"
-
-
-def _ids_name(index: int) -> str:
-    return _numbered("input_ids", index)
 
 
 def _variables(params: Params, lora: Params | None, name: str) -> dict[str, PyTree]:

@@ -37,3 +37,13 @@ def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
         raise ValueError(f"a batch of {size} does not divide over {local_devices} devices; use a multiple of it")
     sharding = NamedSharding(mesh, BATCH_SPEC)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def shard_rows(mesh: Mesh, tree: Any, rows: int) -> Any:
+    """The tree's arrays: those with a leading axis of `rows` split along it, all others whole on every device."""
+
+    def place(leaf: Any) -> jax.Array:
+        split = np.ndim(leaf) > 0 and np.shape(leaf)[0] == rows
+        return jax.device_put(leaf, NamedSharding(mesh, BATCH_SPEC if split else PartitionSpec()))
+
+    return jax.tree.map(place, tree)

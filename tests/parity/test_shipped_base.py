@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
 from fairhuman_jax.systems.pipelines import open_pipeline
+from fairhuman_jax.systems.sampling import make_request
 
 PROMPTS = [
     "an upper body photo of a woman with long blond hair wearing a red t-shirt, waving, smiling, white background",
@@ -29,7 +30,8 @@ def folder() -> Path:
 def test_same_picture_as_diffusers(folder):
     system = LatentDiffusion(open_pipeline("people"))
     noise = np.random.default_rng(0).normal(size=(2, 16, 16, 8)).astype(np.float32)
-    request = system.request(PROMPTS, [0, 1], steps=STEPS, guidance=GUIDANCE, size=(64, 64)).replace(latents=noise)
+    request = make_request(system, PROMPTS, [0, 1], steps=STEPS, guidance=GUIDANCE, size=(64, 64))
+    request = request.replace(latents=noise)
     ours = (np.asarray(system.sample_images(system.pipeline.params, request, jax.random.key(0))) + 1.0) / 2.0
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)

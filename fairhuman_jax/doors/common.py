@@ -1,0 +1,48 @@
+"""What both command lines do: refuse in one line, keep compiled programs, make devices of cores."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from platformdirs import user_cache_dir
+
+from fairhuman_jax.config import ConfigError
+
+USER_ERRORS = (ConfigError, FileNotFoundError, ValueError, OSError)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """The option that shows where an error came from."""
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def refuse(parser: argparse.ArgumentParser, error: Exception, debug: bool) -> NoReturn:
+    """One line that says what was wrong, and exit code 2."""
+    if debug:
+        raise error
+    parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+
+
+def keep_compiled_programs() -> None:
+    """A second start finds its compiled programs in the user's cache folder."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(user_cache_dir("fairhuman_jax")) / "xla"))
+
+
+def make_every_core_a_device(batch_size: int) -> None:
+    """On a CPU, as many data-parallel devices as cores that divide the batch.
+
+    One CPU device runs most backward convolutions on one thread; two devices on two cores train 1.2 to 1.8 times as
+    fast.
+    """
+    cores = os.cpu_count() or 1
+    split_cpu(max(n for n in range(1, cores + 1) if batch_size % n == 0 or n == 1))
+
+
+def split_cpu(devices: int) -> None:
+    """Makes the CPU that many devices; other platforms are not touched, and an XLA_FLAGS that sets it is obeyed."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
