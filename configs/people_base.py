@@ -83,7 +83,7 @@ def config() -> RunConfig:
             learning_rate=1e-3, schedule="cosine", warmup_steps=200, final_fraction=0.02, weight_decay=0.01
         ),
         train=TrainConfig(
-            steps=3_600, batch_size=32, ema_decay=0.999, log_every=20, preview_every=500, checkpoint_every=250
+            steps=6_400, batch_size=32, ema_decay=0.999, log_every=20, preview_every=500, checkpoint_every=250
         ),
         preview=PreviewConfig(prompts=PROMPTS, steps=40, guidance=3.0),
     )
