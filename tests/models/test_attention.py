@@ -48,6 +48,19 @@ def test_causal_positions_see_no_later_ones():
     assert np.abs(changed[:, 2:] - out[:, 2:]).max() > 0.1
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [512, 700])
+def test_blocks_of_queries_equal_the_whole(length, causal):
+    query, key, value = self_attention(length)
+    plain, blocked = (
+        jax.vjp(partial(attention, implementation=name, causal=causal), query, key, value)
+        for name in ("xla", "blocked")
+    )
+    np.testing.assert_allclose(blocked[0], plain[0], atol=1e-6)
+    for ours, theirs in zip(blocked[1](query), plain[1](query), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_half_precision_keeps_scores_in_float32():
     query, key, value = inputs(dtype=jnp.bfloat16)
     query = query * 40  # scores of hundreds, where a bfloat16 softmax would be off by whole units
@@ -103,13 +116,14 @@ def test_short_cross_and_causal_attention_stay_with_the_plain_implementation(imp
         ("gpu", "gfx90a", "bfloat16", 64, 64, "xla"),
         ("tpu", "", "bfloat16", 64, 4096, "splash"),
         ("tpu", "", "bfloat16", 64, 1000, "xla"),
-        ("cpu", "", "bfloat16", 64, 4096, "xla"),
+        ("cpu", "", "bfloat16", 64, 4096, "blocked"),
+        ("cpu", "", "float32", 64, 1000, "xla"),
     ],
 )
 def test_auto_chooses_by_platform_and_shape(platform, capability, dtype, width, length, chosen):
     query = jax.ShapeDtypeStruct((1, length, 2, width), jnp.dtype(dtype))
     assert fitting(query, query, False, platform, capability, True) == chosen
-    assert fitting(query, query, False, platform, capability, False) == ("xla" if platform == "tpu" else chosen)
+    assert fitting(query, query, False, platform, capability, False) == (chosen if platform == "gpu" else "xla")
 
 
 def test_a_program_is_one_devices_own_inside_a_shard_map_only():
@@ -128,7 +142,9 @@ def test_a_program_is_one_devices_own_inside_a_shard_map_only():
 
 
 def test_unknown_implementations_are_refused():
-    with pytest.raises(ValueError, match="unknown attention implementation 'flash'; known: auto, xla, cudnn, splash"):
+    with pytest.raises(
+        ValueError, match="unknown attention implementation 'flash'; known: auto, xla, blocked, cudnn, splash"
+    ):
         attention(*inputs(), implementation="flash")
 
 

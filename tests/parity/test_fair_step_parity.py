@@ -24,7 +24,7 @@ class Inputs(FairHuman):
     """The system with what its denoiser is asked in place of what it answers."""
 
     def denoise(self, params, latents, timesteps, text, time_ids, lora=None):
-        return {"latents": latents, "timesteps": timesteps, "text": text[0]}
+        return {"latents": latents, "timesteps": timesteps, "text": text.hidden}
 
 
 class LowRank(torch.nn.Module):

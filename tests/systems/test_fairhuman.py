@@ -75,7 +75,7 @@ def test_exported_lora_loads_as_it_was_applied(tmp_path, alpha):
 
 
 def test_a_missing_base_is_one_clear_line():
-    with pytest.raises(FileNotFoundError, match=r"base model 'nowhere': no such folder, and not one that ships"):
+    with pytest.raises(FileNotFoundError, match=r"base model nowhere: no such folder"):
         FairHumanConfig(base="nowhere").build()
 
 
