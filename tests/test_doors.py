@@ -13,7 +13,8 @@ import tiny_models
 from PIL import Image
 
 from fairhuman_jax.doors import sample_door, train_door
-from fairhuman_jax.weights import save_lora, save_pipeline
+from fairhuman_jax.models import ControlNet
+from fairhuman_jax.weights import save_lora, save_model, save_pipeline, save_single_file
 
 CONFIG = """
 from fairhuman_jax.systems.contract import PreviewConfig
@@ -121,6 +122,81 @@ def test_loras_add_up(base, tmp_path):
     plain, whole, parts = pictures
     assert np.abs(plain - whole).max() > 8
     assert np.abs(whole - parts).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A picture to start from, its mask, a control image of another shape and a mask that does not fit."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    sizes = {"photo": (16, 16, 3), "mask": (16, 16), "pose": (24, 20, 3), "other": (8, 8)}
+    for name, shape in sizes.items():
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def controlnet(base, tmp_path_factory):
+    """A ControlNet for the tiny base, and one that reads wider text."""
+    folder = tmp_path_factory.mktemp("controlnet")
+    config = tiny_models.tiny_pipeline().unet.to_config()
+    config = {name: value for name, value in config.items() if name in ControlNet.config_fields()}
+    for name, width in (("net", tiny_models.WIDTH), ("other", 3)):
+        net = ControlNet.from_config(
+            config | {"conditioning_embedding_out_channels": (4, 8), "cross_attention_dim": width}
+        )
+        save_model(net, tiny_models.random_params(net, 5), folder / name)
+    return folder
+
+
+def test_pictures_and_a_mesh_go_through_the_door(base, controlnet, pictures, tmp_path):
+    options = ["two hands", "--base", str(base), "--steps", "3", "--seed", "1,4", "--scheduler", "euler_karras"]
+    options += ["--controlnet", str(controlnet / "net"), "--condition", str(pictures / "pose.png"), "--long-prompt"]
+    options += ["--control-scale", "0.7", "--init-image", str(pictures / "photo.png"), "--strength", "0.7"]
+    options += ["--mask", str(pictures / "mask.png"), "--guidance-rescale", "0.3", "--negative", "a face"]
+    drawn = []
+    for mesh in ("1", "2"):
+        sample_door([*options, "--mesh", mesh, "--output", str(tmp_path / mesh)])
+        drawn.append(np.stack([np.asarray(Image.open(tmp_path / mesh / f"two-hands-{i}.png"), int) for i in (1, 4)]))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert drawn[0].shape == (2, 16, 16, 3)
+    recipe = json.loads(Image.open(tmp_path / "1/two-hands-4.png").info["parameters"])
+    assert recipe["seed"] == 4 and recipe["scheduler"] == "euler_karras" and recipe["control_scale"] == [0.7]
+    assert recipe["mask"].endswith("mask.png") and recipe["strength"] == 0.7
+
+
+def test_a_single_file_draws_what_its_folder_draws(tmp_path):
+    pipeline, base = tiny_models.with_middle(tiny_models.tiny_pipeline()), tmp_path / "base"
+    save_pipeline(pipeline, base)
+    save_single_file(pipeline, tmp_path / "model.safetensors")
+    options = ["a face", "--steps", "2", "--size", "16", "--output"]
+    sample_door([*options, str(tmp_path / "folder"), "--base", str(base)])
+    file = ["--base", str(tmp_path / "model.safetensors"), "--tokenizer", str(base)]
+    sample_door([*options, str(tmp_path / "file"), *file])
+    pictures = [np.asarray(Image.open(tmp_path / name / "a-face-0.png"), int) for name in ("folder", "file")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--condition", "pose"], "0 of --controlnet and --adapter, but 1 of --condition"),
+        (["--controlnet", "net"], "1 of --controlnet and --adapter, but 0 of --condition"),
+        (["--controlnet", "other", "--condition", "pose"], "reads text of width 3, but the base has 8"),
+        (["--adapter", "net", "--condition", "pose"], "is a ControlNet, not a T2IAdapter"),
+        (["--strength", "0.5"], "--strength needs --init-image"),
+        (["--mask", "mask"], "--mask needs --init-image"),
+        (["--init-image", "photo", "--mask", "other.png"], "is 8x8, but --init-image is 16x16"),
+        (["--init-image", "photo", "--strength", "1.5"], "strength is 1.5"),
+        (["--mesh", "99"], "--mesh 99: there are 8 devices"),
+        (["--scheduler", "fastest"], "invalid choice: 'fastest'"),
+    ],
+)
+def test_pictures_that_do_not_fit_are_refused(base, controlnet, pictures, capsys, arguments, expected):
+    places = {name: str(pictures / f"{name}.png") for name in ("pose", "photo", "mask")}
+    places |= {name: str(controlnet / name) for name in ("net", "other")} | {"other.png": str(pictures / "other.png")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    assert expected in refused(capsys, sample_door, ["a face", "--base", str(base), "--size", "16", *arguments])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import tempfile
@@ -118,6 +119,12 @@ def tiny_xl_pipeline() -> Pipeline:
     params = {name: random_params(network, i) for i, (name, network) in enumerate(networks.items())}
     tokenizers = (tiny_tokenizer(), tiny_tokenizer())
     return Pipeline(unet, vae, (first, second), tokenizers, NoiseSchedule.from_config(SCHEDULE), params)
+
+
+def with_middle(pipeline: Pipeline) -> Pipeline:
+    """The same around a denoiser with a middle block, which diffusers' ControlNets and LDM files cannot do without."""
+    unet = UNet2DCondition.from_config(pipeline.unet.to_config() | {"mid_block_type": "UNetMidBlock2DCrossAttn"})
+    return dataclasses.replace(pipeline, unet=unet, params=pipeline.params | {"unet": random_params(unet, 8)})
 
 
 def fairhuman(pipeline: Pipeline | None = None, **config) -> FairHuman:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny_models import SIZE, SMALL_UNET, quick_jit, random_params, tiny_pipeline, tiny_xl_pipeline
+from tiny_models import SIZE, SMALL_UNET, quick_jit, random_params, tiny_pipeline, tiny_xl_pipeline, with_middle
 
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.models import ControlNet, T2IAdapter, UNet2DCondition
@@ -45,14 +45,6 @@ def inpainting_pipeline():
     pipeline = tiny_pipeline()
     unet = UNet2DCondition.from_config(SMALL_UNET | {"in_channels": 9})
     return dataclasses.replace(pipeline, unet=unet, params=pipeline.params | {"unet": random_params(unet, 9)})
-
-
-@functools.cache
-def with_middle(large):
-    """A tiny pipeline whose denoiser has a middle block: diffusers' ControlNets cannot be without."""
-    pipeline = tiny_xl_pipeline() if large else tiny_pipeline()
-    unet = UNet2DCondition.from_config(pipeline.unet.to_config() | {"mid_block_type": "UNetMidBlock2DCrossAttn"})
-    return dataclasses.replace(pipeline, unet=unet, params=pipeline.params | {"unet": random_params(unet, 8)})
 
 
 def torch_pipeline(pipeline, folder, kind, **parts):
@@ -135,7 +127,7 @@ def test_sdxl(tmp_path, negative):
 
 @pytest.mark.parametrize("kind", ["StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline"])
 def test_controlnets(tmp_path, kind):
-    pipeline = with_schedule(with_middle("XL" in kind), UNIPC)
+    pipeline = with_schedule(with_middle(tiny_xl_pipeline() if "XL" in kind else tiny_pipeline()), UNIPC)
     config = {k: v for k, v in pipeline.unet.to_config().items() if k in ControlNet.config_fields()}
     net = ControlNet.from_config(config | {"conditioning_embedding_out_channels": (4, 8)})
     count = 1 if "XL" in kind else 2
