@@ -28,29 +28,14 @@ import numpy as np
 from fairhuman_jax.config import load_config
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
-from fairhuman_jax.models.presets import SD15_UNET
+from fairhuman_jax.models.presets import SD15_TEXT, SD15_UNET, SD_VAE
 from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
 from fairhuman_jax.training.sharding import make_mesh
 from fairhuman_jax.training.state import OptimizerConfig, TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import FairConfig, make_train_step
 from fairhuman_jax.weights import Pipeline, expected_params
 
-SD15_TEXT = {
-    "architectures": ["CLIPTextModel"],
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-}
 SD15_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-SD15_VAE = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-}
 MODELS = ("people", "sd15")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 REMATS = ("none", "full")
@@ -67,7 +52,7 @@ class PlainLora(FairHuman):
 def network_configs(model: str) -> tuple[dict, dict, dict, dict]:
     """UNet, text encoder, scheduler and autoencoder."""
     if model == "sd15":
-        return SD15_UNET, SD15_TEXT, SD15_SCHEDULER, SD15_VAE
+        return SD15_UNET, SD15_TEXT, SD15_SCHEDULER, SD_VAE
     base, vae = (load_config(CONFIGS / f"people_{part}.py").system for part in ("base", "vae"))
     return base.unet, base.text_encoder, base.scheduler, vae.vae
 

@@ -54,10 +54,7 @@ def sample(
     rows, stochastic = table["timestep"].shape[0], "added" in table
     if stochastic and key is None and noise is None:
         raise ValueError(f"sample: rule {rule.name} is stochastic; expected a key or noise")
-    if noise is not None and noise.shape != (rows, *latents.shape):
-        raise ValueError(f"sample: noise is {noise.shape}; expected {(rows, *latents.shape)}")
-    if isinstance(start, (int, np.integer)) and not 0 <= start < rows:
-        raise ValueError(f"sample: start is {start}; expected a row in 0 .. {rows - 1}")
+    _check_fit(rows, latents, noise, start)
     latents = latents.astype(jnp.float32)
     if start is None:
         latents, start = latents * rule.start(schedule, table), 0
@@ -156,6 +153,13 @@ def renoise_known(
         return mask * latents + (1.0 - mask) * _noised(known, fresh, levels, row)
 
     return blend
+
+
+def _check_fit(rows: int, latents: Array, noise: Array | None, start: int | Array | None) -> None:
+    if noise is not None and noise.shape != (rows, *latents.shape):
+        raise ValueError(f"sample: noise is {noise.shape}; expected {(rows, *latents.shape)}")
+    if isinstance(start, (int, np.integer)) and not 0 <= start < rows:
+        raise ValueError(f"sample: start is {start}; expected a row in 0 .. {rows - 1}")
 
 
 def _prepared(schedule: NoiseSchedule, steps: int, rule: StepRule) -> tuple[NoiseSchedule, Table]:
