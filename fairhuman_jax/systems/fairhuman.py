@@ -34,7 +34,7 @@ class FairHumanConfig:
     alpha None = rank); targets: the linear layers it covers; local_scale: factor on the face and hand losses (25 is
     the reference's, which under the fair rule lowers their share); normalize: "pixels" divides local losses by all
     latents (reference), "area" by those of the region; mask_method: latent masks by "stride" (reference) or "area";
-    snr_gamma: min-SNR weighting of all three losses; remat: none, full or attention; dtype: of the computation.
+    snr_gamma: min-SNR weighting of all three losses; remat: none, full, attention or offload; dtype: of computation.
     """
 
     base: str = "people"

@@ -1,4 +1,8 @@
-"""Reading and writing safetensors files one tensor at a time, so that a model is never in memory twice."""
+"""Reading and writing safetensors files one tensor at a time, so that a model is never in memory twice.
+
+The format's own library copies every tensor it reads and wants all of them at once to write; these are views of the
+mapped file, and one tensor.
+"""
 
 from __future__ import annotations
 
