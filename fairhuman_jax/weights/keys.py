@@ -8,7 +8,9 @@ tensor a layer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,8 @@ from fairhuman_jax.weights.files import aligned_empty
 PyTree = Any
 Path = tuple[str, ...]
 
-BLOCK = 64  # rows of a matrix transposed at a time
+BLOCK = 256  # of the last axis, copied at once when a tensor is transposed
+LARGE = 1 << 20  # bytes from which on several threads copy
 STACKS = ("transformer_blocks", "layers")
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}  # others keep their name
 
@@ -116,12 +119,24 @@ def _fetch(array: np.ndarray | jax.Array, layer: int | None) -> np.ndarray:
 
 
 def _copy(into: np.ndarray, array: np.ndarray) -> None:
-    """`into[...] = array`, in blocks of the last axis where that is not the fastest one: a cache line is read once."""
+    """`into[...] = array`, in blocks of the last axis where that is not the fastest, by all cores where it is large.
+
+    A block's cache lines are read once, and numpy lets other threads run while it copies.
+    """
     if array.ndim < 2 or array.flags.c_contiguous:
         into[...] = array
         return
-    for start in range(0, array.shape[-1], BLOCK):
+
+    def one(start: int) -> None:
         into[..., start : start + BLOCK] = array[..., start : start + BLOCK]
+
+    starts = range(0, array.shape[-1], BLOCK)
+    if array.nbytes < LARGE:
+        for start in starts:
+            one(start)
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, starts))
 
 
 def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
