@@ -13,8 +13,8 @@ from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition, prese
 from fairhuman_jax.weights import Pipeline
 from fairhuman_jax.weights.ldm.configs import SD1, SD2, XL, scheduler_config
 from fairhuman_jax.weights.ldm.reading import Component
-from fairhuman_jax.weights.ldm.writing import ParamTensors
 from fairhuman_jax.weights.safetensors_io import TensorFiles, write_tensors
+from fairhuman_jax.weights.tensors import ParamTensors
 
 WIDTHS = [64, 128]
 UNET = {

@@ -36,11 +36,6 @@ class LatentDiffusion:
     controlnets: tuple[ControlNet, ...] = field(default=(), kw_only=True)
     adapters: tuple[T2IAdapter, ...] = field(default=(), kw_only=True)
 
-    @property
-    def inpaints(self) -> bool:
-        """Whether the denoiser reads mask and masked picture beside its latents."""
-        return self.pipeline.unet.in_channels == 2 * self._latent_channels + 1
-
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of a picture."""
         factor = self.pipeline.vae.downscale

@@ -100,7 +100,7 @@ def draw_latents(
             first = jnp.where(start == 0, start_noise(unit, schedule, steps, rule), first)
             factor = system.pipeline.vae.downscale
             mask = request.mask[:, ::factor, ::factor].astype(jnp.float32)
-            if not system.inpaints:
+            if not system.pipeline.inpaints:
                 after_step = keep_known(known, unit, mask, schedule, steps, rule)
     conditional, unconditional = _conditionings(system, params, request, keys, mask, lora)
 
@@ -120,7 +120,7 @@ def _inpainting_channels(
     system: LatentDiffusion, params: Params, request: SampleRequest, keys: jax.Array, mask: jax.Array | None
 ) -> jax.Array | None:
     """What a denoiser trained for inpainting reads beside its latents: mask, latents of the picture with a hole."""
-    if not system.inpaints:
+    if not system.pipeline.inpaints:
         return None
     assert request.image is not None and request.mask is not None and mask is not None, "checked in `make_request`"
     holed = request.image * (request.mask < 0.5)
@@ -242,7 +242,7 @@ def _check(
 ) -> None:
     if mask is not None and image is None:
         raise ValueError("a mask needs the image that it is for")
-    if system.inpaints and mask is None:
+    if system.pipeline.inpaints and mask is None:
         raise ValueError("this denoiser was trained for inpainting: it needs an image and a mask")
     wanted = len(system.controlnets) + len(system.adapters)
     if not wanted == len(conditions) == len(scales):

@@ -21,7 +21,7 @@ from fairhuman_jax.weights.keys import canonical_names, leaves
 from fairhuman_jax.weights.placement import Placement, place
 from fairhuman_jax.weights.recognition import looks_like
 from fairhuman_jax.weights.safetensors_io import write_tensors
-from fairhuman_jax.weights.tensors import Tensors, open_tensors
+from fairhuman_jax.weights.tensors import ParamTensors, Tensors, open_tensors
 
 PyTree = Any
 
@@ -97,16 +97,11 @@ def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp
     if wrong:
         names = ", ".join(".".join(path) for path in wrong[:LISTED])
         raise ValueError(f"{len(wrong)} parameters are not those of {type(module).__name__}: {names}")
-    by_name = {name: leaf for leaf in leaves(params) for name in leaf.names}
-
-    def read(name: str) -> np.ndarray:
-        leaf = by_name[name]
-        return leaf.to_torch(flat[leaf.path], name)
-
-    shapes = {name: leaf.shape for name, leaf in by_name.items()}
-    dtypes = {name: jnp.dtype(dtype or flat[leaf.path].dtype) for name, leaf in by_name.items()}
+    tensors = ParamTensors.of(params, str(folder))
+    shapes = {name: tensors.shape(name) for name in tensors.names()}
+    dtypes = {name: jnp.dtype(dtype or tensors.dtype(name)) for name in shapes}
     stem = "model" if isinstance(module, (CLIPText, CLIPVision)) else "diffusion_pytorch_model"
-    write_tensors(folder / f"{stem}.safetensors", shapes, dtypes, read)
+    write_tensors(folder / f"{stem}.safetensors", shapes, dtypes, tensors.read)
     write_json(folder / "config.json", module.to_config())
 
 

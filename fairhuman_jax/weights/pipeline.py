@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 PyTree = Any
 
 DIFFUSERS_VERSION = "0.36.0"  # of the layout; diffusers asks for one when it loads some pipelines
-INPAINTING_CHANNELS = 9  # latents, mask, latents of the masked picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +47,11 @@ class Pipeline:
     def is_xl(self) -> bool:
         """Whether the model is SDXL or its refiner, whose UNets read pooled text and sizes."""
         return len(self.text_encoders) == 2 or self.unet.addition_embed_type == "text_time"
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet reads, beside its latents, a mask and the latents of the masked picture."""
+        return self.unet.in_channels == 2 * self.vae.config["latent_channels"] + 1
 
     @property
     def text_encoder_names(self) -> tuple[str, ...]:
@@ -83,7 +87,7 @@ def load_pipeline(
     parts = pipeline_parts(index, str(folder))
     modules, params = {}, {}
     for name in (*parts["networks"], *parts["text_encoders"]):
-        kind = _vae_dtype(folder / "vae", dtype) if name == "vae" else dtype
+        kind = vae_dtype(read_config(folder / "vae"), dtype) if name == "vae" else dtype
         modules[name], params[name] = load_model(
             folder, name, kind, variant=variant, host=host, sharding=sharding, **runtime
         )
@@ -129,12 +133,11 @@ def _model_index(pipeline: Pipeline) -> dict[str, Any]:
         "vae": ["diffusers", "AutoencoderKL"],
         "feature_extractor": [None, None],
     }
-    inpaints = pipeline.unet.in_channels == INPAINTING_CHANNELS
     if not pipeline.is_xl:
-        kind = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+        kind = "StableDiffusionInpaintPipeline" if pipeline.inpaints else "StableDiffusionPipeline"
         return index | {"_class_name": kind, "safety_checker": [None, None], "requires_safety_checker": False}
     refines = len(pipeline.text_encoders) == 1
-    kind = "Inpaint" if inpaints else "Img2Img" if refines else ""
+    kind = "Inpaint" if pipeline.inpaints else "Img2Img" if refines else ""
     index |= {
         "_class_name": f"StableDiffusionXL{kind}Pipeline",
         "force_zeros_for_empty_prompt": pipeline.force_zeros_for_empty_prompt,
@@ -146,6 +149,7 @@ def _model_index(pipeline: Pipeline) -> dict[str, Any]:
     return index
 
 
-def _vae_dtype(folder: Path, dtype: jnp.dtype | str | None) -> jnp.dtype | str | None:
+def vae_dtype(config: dict[str, Any], dtype: jnp.dtype | str | None) -> jnp.dtype | str | None:
+    """`dtype`, or float32 for an autoencoder that overflows in float16, as its `force_upcast` says."""
     half = dtype is not None and jnp.dtype(dtype) == jnp.float16
-    return jnp.float32 if half and read_config(folder).get("force_upcast", True) else dtype
+    return jnp.float32 if half and config.get("force_upcast", True) else dtype

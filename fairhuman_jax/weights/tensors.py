@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from fairhuman_jax.weights.files import read_json
+from fairhuman_jax.weights.keys import Leaf, leaves
 from fairhuman_jax.weights.pickles import LEGACY_START, ZIP_START, TorchPickle
 from fairhuman_jax.weights.safetensors_io import TensorFiles
 
@@ -22,6 +26,8 @@ FOREIGN = {
     b"<html": PAGE,
     b"\x89hdf": "is an HDF5 file (Keras or TensorFlow); get the model as .safetensors",
 }
+
+PyTree = Any
 
 
 class Tensors(Protocol):
@@ -51,6 +57,39 @@ class Tensors(Protocol):
     def read(self, name: str) -> np.ndarray:
         """A tensor; the array may be a read-only view of the file."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class ParamTensors:
+    """`Tensors` of a parameter tree in the names of diffusers or transformers; a leaf is fetched when it is read."""
+
+    label: str
+    flat: dict[tuple[str, ...], Any]
+    owners: dict[str, Leaf]
+    metadata: dict[str, str]
+
+    @classmethod
+    def of(cls, params: PyTree, label: str) -> ParamTensors:
+        """The tensors of `params`; `label` is what errors call them."""
+        owners = {name: leaf for leaf in leaves(params) for name in leaf.names}
+        return cls(label, flatten_dict(params), owners, {})
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self.owners)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in torch's axis order."""
+        return self.owners[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Type of the parameter."""
+        return jnp.dtype(self.flat[self.owners[name].path].dtype)
+
+    def read(self, name: str) -> np.ndarray:
+        """The parameter in torch's axis order, on the host."""
+        leaf = self.owners[name]
+        return leaf.to_torch(self.flat[leaf.path], name)
 
 
 def open_tensors(paths: Path | Iterable[Path]) -> Tensors:

@@ -36,7 +36,7 @@ from fairhuman_jax.weights.ldm.recognition import (
 )
 from fairhuman_jax.weights.ldm.tokenizer import CLIP_PAD, OPENCLIP_PAD, clip_tokenizer
 from fairhuman_jax.weights.ldm.views import Slot, View
-from fairhuman_jax.weights.pipeline import Pipeline
+from fairhuman_jax.weights.pipeline import Pipeline, vae_dtype
 from fairhuman_jax.weights.placement import Placement
 from fairhuman_jax.weights.tensors import Tensors, open_tensors
 
@@ -179,9 +179,7 @@ def load_single_file(
     modules, params = {}, {}
     for name in wanted:
         component = single.components[name]
-        half = dtype is not None and jnp.dtype(dtype) == jnp.float16
-        overflows = name == "vae" and half and component.config.get("force_upcast", True)
-        kind = jnp.float32 if overflows else dtype
+        kind = vae_dtype(component.config, dtype) if name == "vae" else dtype
         modules[name], params[name] = _build(component, kind, host, sharding, runtime)
     return Pipeline(
         unet=modules["unet"],

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from fairhuman_jax.models import presets
-from fairhuman_jax.weights.keys import Leaf, leaves
 from fairhuman_jax.weights.ldm.reading import CONFIGS, OPTIONS, REFINER_OPTIONS, SCHEDULER
 from fairhuman_jax.weights.ldm.recognition import (
     CLIP_PREFIX,
@@ -29,41 +26,9 @@ from fairhuman_jax.weights.ldm.slots import Slots, ldm_openclip_slots, ldm_unet_
 from fairhuman_jax.weights.ldm.views import Slot, View
 from fairhuman_jax.weights.pipeline import Pipeline
 from fairhuman_jax.weights.safetensors_io import write_tensors
+from fairhuman_jax.weights.tensors import ParamTensors
 
 PyTree = Any
-
-
-@dataclass(frozen=True, eq=False)
-class ParamTensors:
-    """`Tensors` of a parameter tree in the names of diffusers or transformers; a leaf is fetched when it is read."""
-
-    label: str
-    flat: dict[tuple[str, ...], Any]
-    owners: dict[str, Leaf]
-    metadata: dict[str, str]
-
-    @classmethod
-    def of(cls, params: PyTree, label: str) -> ParamTensors:
-        """The tensors of `params`; `label` is what errors call them."""
-        owners = {name: leaf for leaf in leaves(params) for name in leaf.names}
-        return cls(label, flatten_dict(params), owners, {})
-
-    def names(self) -> tuple[str, ...]:
-        """Names of all tensors."""
-        return tuple(self.owners)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor in torch's axis order."""
-        return self.owners[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        """Type of the parameter."""
-        return jnp.dtype(self.flat[self.owners[name].path].dtype)
-
-    def read(self, name: str) -> np.ndarray:
-        """The parameter in torch's axis order, on the host."""
-        leaf = self.owners[name]
-        return leaf.to_torch(np.asarray(self.flat[leaf.path]), name)
 
 
 def save_single_file(pipeline: Pipeline, path: str | Path, dtype: jnp.dtype | str | None = None) -> Path:
