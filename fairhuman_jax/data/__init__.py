@@ -1,9 +1,12 @@
 """Sample sources, joint transforms, batches, export and preview: numpy, Pillow and grain, no device work."""
 
+from fairhuman_jax.data.buckets import assign_buckets, bucket_shapes, nearest_bucket
 from fairhuman_jax.data.export import export_folder
 from fairhuman_jax.data.folder import BadSample, FolderDataset
 from fairhuman_jax.data.loader import BatchIterator, Source, Transform, make_loader
 from fairhuman_jax.data.preview import overlay
+from fairhuman_jax.data.shards import ShardedDataset, ShardWriter
+from fairhuman_jax.data.tfds_folder import TFDSDataset, build_tfds
 from fairhuman_jax.data.transforms import Geometry, JointTransform, dilate_mask
 
 __all__ = [
@@ -12,10 +15,17 @@ __all__ = [
     "FolderDataset",
     "Geometry",
     "JointTransform",
+    "ShardWriter",
+    "ShardedDataset",
     "Source",
+    "TFDSDataset",
     "Transform",
+    "assign_buckets",
+    "bucket_shapes",
+    "build_tfds",
     "dilate_mask",
     "export_folder",
     "make_loader",
+    "nearest_bucket",
     "overlay",
 ]

@@ -24,45 +24,49 @@ from fairhuman_jax.data.people import PeopleDataset
 from fairhuman_jax.data.people.paraphrase import paraphrases
 
 CHUNK = 64
+PICTURES, MASKS = ("image", "conditioning_image"), ("face_mask", "hand_mask")
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class CachedSource:
-    """The samples of a finished cache folder: image, face_mask, hand_mask, caption and `captions`, its paraphrases, of
-    which the loader draws one. Picklable."""
+    """The samples of a finished cache folder: image, conditioning_image where it was asked for, face_mask, hand_mask,
+    caption and `captions`, its paraphrases, of which the loader draws one. Picklable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.captions: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-        self._images = np.load(folder / "image.npy", mmap_mode="r")
-        self._masks = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("face_mask", "hand_mask")}
+        arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+        self._pictures = {name: arrays[name] for name in PICTURES if name in arrays}
+        self._masks = {name: arrays[name] for name in MASKS}
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = np.asarray(self._images[index])
-        side = image.shape[0]
+        pictures = {name: np.asarray(array[index]) for name, array in self._pictures.items()}
+        side = pictures["image"].shape[0]
         masks = {
             name: np.unpackbits(packed[index], count=side * side).reshape(side, side, 1)
             for name, packed in self._masks.items()
         }
         caption = self.captions[index]
-        return {"image": image, "caption": caption, "captions": paraphrases(caption), **masks}
+        return {**pictures, "caption": caption, "captions": paraphrases(caption), **masks}
 
     def __reduce__(self):
         return CachedSource, (self.folder,)
 
 
-def cached_people(size: int, length: int, seed: int, start: int = 0) -> CachedSource:
-    """People-world samples `start` to `start + length`, from the user's cache folder or rendered into it.
+def cached_people(size: int, length: int, seed: int, start: int = 0, conditioning: bool = False) -> CachedSource:
+    """People-world samples `start` to `start + length`, from the user's cache folder or rendered into it; with control
+    images if `conditioning`.
 
     The folder's name covers the arguments and the renderer's own source, so a changed renderer draws anew. The folder
     appears whole or not at all. FAIRHUMAN_CACHE names another place for it. Errors: no room or no right to write.
     """
-    source = PeopleDataset(size, length, seed, start=start)
+    source = PeopleDataset(size, length, seed, start=start, conditioning=conditioning)
     root = Path(os.environ.get("FAIRHUMAN_CACHE") or user_cache_dir("fairhuman_jax"))
-    folder = root / f"people-{size}px-seed{seed}-{start}+{length}-{_renderer_digest()}"
+    layers = "-conditioning" if conditioning else ""
+    folder = root / f"people-{size}px-seed{seed}-{start}+{length}{layers}-{_renderer_digest()}"
     if not folder.is_dir():
         try:
             _write(source, folder)
@@ -82,12 +86,10 @@ def _write(source: Source, folder: Path) -> None:
     work = Path(tempfile.mkdtemp(prefix="people-", dir=folder.parent))
     try:
         captions: list[str] = []
-        side = source[0]["image"].shape[0]
-        rows = {"image": (side, side, 3), "face_mask": ((side * side + 7) // 8,)}
-        rows["hand_mask"] = rows["face_mask"]
+        first = _rows(source[0])
         arrays = {
-            name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, (len(source), *shape))
-            for name, shape in rows.items()
+            name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, (len(source), *row.shape))
+            for name, row in first.items()
         }
         spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
         context = multiprocessing.get_context("spawn")
@@ -109,12 +111,17 @@ def _write(source: Source, folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _rows(sample: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What is kept of a sample: pictures as they are, masks with eight pixels a byte."""
+    return {name: sample[name] for name in PICTURES if name in sample} | {
+        name: np.packbits(sample[name]) for name in MASKS
+    }
+
+
 def _render(source: Source, span: range) -> tuple[dict[str, np.ndarray], list[str]]:
     samples = [source[i] for i in span]
-    arrays = {"image": np.stack([sample["image"] for sample in samples])}
-    for name in ("face_mask", "hand_mask"):
-        arrays[name] = np.stack([np.packbits(sample[name]) for sample in samples])
-    return arrays, [sample["caption"] for sample in samples]
+    rows = [_rows(sample) for sample in samples]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, [sample["caption"] for sample in samples]
 
 
 @contextmanager
@@ -133,9 +140,10 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _renderer_digest() -> str:
-    """Twelve hex digits over the people world's source files and its body pack."""
+    """Twelve hex digits over the people world's source files, its body pack and the drawing of control images."""
     digest = hashlib.sha256()
-    for entry in sorted(resources.files("fairhuman_jax.data.people").iterdir(), key=lambda e: e.name):
+    entries = sorted(resources.files("fairhuman_jax.data.people").iterdir(), key=lambda e: e.name)
+    for entry in (*entries, resources.files("fairhuman_jax.data") / "pose_drawing.py"):
         if entry.name.endswith((".py", ".npz")):
             digest.update(entry.name.encode() + entry.read_bytes())
     return digest.hexdigest()[:12]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fairhuman_jax.data.folder import METADATA
 from fairhuman_jax.data.loader import Source
 
 # sample key, key in metadata.jsonl, folder
@@ -20,7 +21,6 @@ _LAYERS = (
     ("hand_mask", "mask_hand", "masks_hand"),
     ("conditioning_image", "conditioning_image", "conditioning"),
 )
-METADATA = "metadata.jsonl"
 
 
 def export_folder(

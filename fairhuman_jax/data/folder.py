@@ -7,19 +7,23 @@ a line, paths relative to the folder, keys `image`, `text_english`, `mask_face`,
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 _OPTIONAL_DEFAULTS = {
     "face_mask_column": "mask_face",
     "hand_mask_column": "mask_hand",
@@ -27,30 +31,52 @@ _OPTIONAL_DEFAULTS = {
 }
 _ASPECT_TOLERANCE = 0.02
 MASK_THRESHOLD = 128
+METADATA = "metadata.jsonl"
 
 
 class BadSample(ValueError):
     """A sample that cannot be used; the message names the file and the line of the metadata."""
 
 
-def read_image(path: str | os.PathLike[str], background: int = 255) -> np.ndarray:
+File = str | os.PathLike[str] | bytes
+"""A path, or the content of a file."""
+
+
+def read_image(file: File, background: int = 255) -> np.ndarray:
     """Any picture file as RGB, uint8 [H, W, 3].
 
     EXIF orientation is applied; palettes and greys become RGB; 16-bit values are divided by 257; transparent
     pixels are laid over a grey `background`. Raises BadSample naming the file when it is missing, damaged or
     no picture.
     """
+    with _open(file) as opened:
+        opened.load()
+        return _to_rgb(ImageOps.exif_transpose(opened), background)
+
+
+def read_size(file: File) -> tuple[int, int]:
+    """(height, width) of a picture as `read_image` gives it, from the file's header alone. Raises BadSample."""
+    with _open(file) as opened:
+        width, height = opened.size
+        # Pillow decodes a whole PNG file to look for an orientation behind the pixels; such a one is not looked for.
+        known = opened.format != "PNG" or "exif" in opened.info
+        turned = known and opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _open(file: File) -> Iterator[Image.Image]:
+    """The opened picture; whatever is wrong with it becomes one BadSample."""
+    name = "a picture of the record" if isinstance(file, bytes) else file
     try:
-        with Image.open(path) as file:
-            file.load()
-            picture = ImageOps.exif_transpose(file)
-            return _to_rgb(picture, background)
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            yield opened
     except FileNotFoundError:
-        raise BadSample(f"{path}: no such file") from None
+        raise BadSample(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise BadSample(f"{path}: not a picture file that Pillow can read") from None
+        raise BadSample(f"{name}: not a picture file that Pillow can read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(f"{path}: damaged picture ({error})") from None
+        raise BadSample(f"{name}: damaged picture ({error})") from None
 
 
 def _to_rgb(picture: Image.Image, background: int) -> np.ndarray:
@@ -68,9 +94,9 @@ def _to_rgb(picture: Image.Image, background: int) -> np.ndarray:
     return np.array(picture.convert("RGB"))
 
 
-def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
+def read_mask(file: File) -> np.ndarray:
     """Any picture file as a mask, uint8 [H, W, 1] in {0, 1}: 1 where the grey value is >= 128."""
-    grey = Image.fromarray(read_image(path, background=0)).convert("L")
+    grey = Image.fromarray(read_image(file, background=0)).convert("L")
     return (np.asarray(grey) >= MASK_THRESHOLD).astype(np.uint8)[..., None]
 
 
@@ -102,7 +128,7 @@ class FolderDataset:
         if on_error not in ("skip", "stop"):
             raise ValueError(f"on_error = {on_error!r}: use 'skip' or 'stop'")
         self.root = Path(root)
-        self.metadata = self.root / "metadata.jsonl"
+        self.metadata = self.root / METADATA
         self.on_error = on_error
         self._image_column, self._caption_column = image_column, caption_column
         optional = {
@@ -136,13 +162,58 @@ class FolderDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.root}")
+        return self._first_good(index, self.load)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the image of sample `index`, read from its header."""
+        return self._first_good(index, lambda i: read_size(self.files(i)["image"]))
+
+    def _first_good(self, index: int, read: Callable[[int], T]) -> T:
+        """What `read` gives for sample `index`, or for the next one that can be read."""
         for offset in range(len(self)):
-            line, record = self._lines[(index + offset) % len(self)]
+            candidate = (index + offset) % len(self)
             try:
-                return self._load(record)
+                return read(candidate)
             except BadSample as error:
-                self._report(line, error)
+                self._report(self._lines[candidate][0], error)
         raise BadSample(f"{self.metadata}: none of its {len(self)} samples can be read")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that every sample has."""
+        return ("image", *self._columns)
+
+    # -- one line --------------------------------------------------------------------------------------------
+
+    def line(self, index: int) -> int:
+        """Line of the metadata that sample `index` stands on, from 1."""
+        return self._lines[index][0]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of sample `index`."""
+        caption = self._lines[index][1][self._caption_column]
+        return (caption,) if isinstance(caption, str) else tuple(caption)
+
+    def has_list(self, index: int) -> bool:
+        """Whether the line gives a list of captions."""
+        return isinstance(self._lines[index][1][self._caption_column], list)
+
+    def files(self, index: int) -> dict[str, Path]:
+        """The files of sample `index` by name of the layer; a mask or control image that its line lacks is absent."""
+        record = self._lines[index][1]
+        columns = {"image": self._image_column} | self._columns
+        return {name: self.root / record[column] for name, column in columns.items() if record.get(column)}
+
+    def digest(self, index: int) -> str:
+        """Hexadecimal digest of the content of sample `index`: its files and its captions. Raises BadSample."""
+        digest = hashlib.blake2b(json.dumps(self.captions(index)).encode(), digest_size=16)
+        for name, path in sorted(self.files(index).items()):
+            try:
+                with path.open("rb") as file:
+                    digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise BadSample(f"{path}: {error.strerror}") from None
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"FolderDataset({str(self.root)!r}, samples={len(self)}, bad={self.bad}, missing={self.missing})"
@@ -192,24 +263,15 @@ class FolderDataset:
 
     # -- pixels ----------------------------------------------------------------------------------------------
 
-    def _load(self, record: dict[str, Any]) -> dict[str, Any]:
-        image_path = self.root / record[self._image_column]
-        image = read_image(image_path)
-        caption = record[self._caption_column]
-        sample: dict[str, Any] = {
-            "image": image,
-            "caption": caption if isinstance(caption, str) else caption[0],
-        }
-        if isinstance(caption, list):
-            sample["captions"] = tuple(caption)
-        for name, column in self._columns.items():
-            channels = 3 if name == "conditioning_image" else 1
-            if not record.get(column):
-                sample[name] = np.zeros((*image.shape[:2], channels), np.uint8)
-                continue
-            path = self.root / record[column]
-            layer = read_image(path, background=0) if channels == 3 else read_mask(path)
-            sample[name] = _fit(layer, image.shape[:2], path, image_path)
+    def load(self, index: int) -> dict[str, Any]:
+        """Sample `index` itself, whatever `on_error` says. Raises BadSample."""
+        files, captions = self.files(index), self.captions(index)
+        image = read_image(files["image"])
+        sample: dict[str, Any] = {"image": image, "caption": captions[0]}
+        if self.has_list(index):
+            sample["captions"] = captions
+        for name in self._columns:
+            sample[name] = read_layer(name, files.get(name), image.shape[:2], files["image"].name)
         return sample
 
     # -- bad samples -----------------------------------------------------------------------------------------
@@ -247,13 +309,26 @@ class FolderDataset:
         return len(self.bad_lines())
 
 
-def _fit(layer: np.ndarray, size: tuple[int, int], path: Path, image_path: Path) -> np.ndarray:
+def read_layer(name: str, file: File | None, size: tuple[int, int], image_name: str) -> np.ndarray:
+    """A mask (uint8 [H, W, 1] in {0, 1}) or, for any other name, a control image (uint8 [H, W, 3]) of the image's size.
+
+    No file: an empty mask, a black control image. Another size of the same shape is resized. Raises BadSample: a file
+    that cannot be read, or of another aspect ratio.
+    """
+    is_mask = name.endswith("mask")
+    if not file:
+        return np.zeros((*size, 1 if is_mask else 3), np.uint8)
+    layer = read_mask(file) if is_mask else read_image(file, background=0)
+    return _fit(layer, size, name if isinstance(file, bytes) else file, image_name)
+
+
+def _fit(layer: np.ndarray, size: tuple[int, int], path: str | os.PathLike[str], image_name: str) -> np.ndarray:
     """`layer` [h, w, C] at the image's size [H, W]; refuses another aspect ratio."""
     (height, width), (high, wide) = size, layer.shape[:2]
     if (high, wide) == (height, width):
         return layer
     if abs((wide * height) / (width * high) - 1.0) > _ASPECT_TOLERANCE:
-        raise BadSample(f"{path}: {wide}x{high} pixels do not fit {image_path.name} ({width}x{height})")
+        raise BadSample(f"{path}: {wide}x{high} pixels do not fit {image_name} ({width}x{height})")
     if layer.shape[-1] == 3:
         return np.array(Image.fromarray(layer).resize((width, height), Image.Resampling.BILINEAR))
     grey = Image.fromarray(layer[..., 0] * np.uint8(255)).resize((width, height), Image.Resampling.BILINEAR)

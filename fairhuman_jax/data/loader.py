@@ -29,30 +29,74 @@ class Transform(Protocol):
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
 class _Order:
-    """Position in the endless stream -> (epoch, index of the sample)."""
+    """Place in the endless stream -> (group, epoch, index of the sample); every batch is of one group.
 
-    length: int
-    seed: int
-    shuffle: bool
+    A group's samples form an endless stream of their own, reshuffled after each pass, of which every batch takes the
+    next `batch_size`. Up to the end of epoch E a group of n samples has given floor(E n / batch_size) batches: what
+    does not fill a batch waits for the next epoch, so no sample is lost and none comes more often than another of its
+    group by more than one. The batches of an epoch are in random order. One group: batches run across the ends of
+    epochs.
+    """
 
-    def __call__(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.length)
-        if not self.shuffle:
-            return epoch, place
-        return epoch, int(_permutation(self.length, self.seed, epoch)[place])
+    def __init__(self, groups: np.ndarray, batch_size: int, seed: int, shuffle: bool) -> None:
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.names = [int(group) for group in np.unique(groups)]
+        self.members = [np.flatnonzero(groups == group).astype(np.uint32) for group in self.names]
+        self._passes: dict[tuple[int, int], np.ndarray] = {}
+
+    def __call__(self, step: int, row: int) -> tuple[int, int, int]:
+        member, batch = (0, step) if len(self.members) == 1 else self._batch(step)
+        indices = self.members[member]
+        epoch, place = divmod(batch * self.batch_size + row, len(indices))
+        if self.shuffle:
+            place = self._permutation(member, epoch)[place]
+        return self.names[member], epoch, int(indices[place])
+
+    def _permutation(self, member: int, epoch: int) -> np.ndarray:
+        """Order of one pass through a group, uint32 [samples of it]; that pass and its neighbours are kept.
+
+        Grain's own shuffle needs no memory, but takes 7 ms an index for ten samples: it walks a domain of 2^16.
+        """
+        order = self._passes.get((member, epoch))
+        if order is None:
+            order = np.arange(len(self.members[member]), dtype=np.uint32)
+            np.random.default_rng((self.seed, epoch, member)).shuffle(order)
+            kept = {key: value for key, value in self._passes.items() if key[0] != member or abs(key[1] - epoch) <= 1}
+            self._passes = kept | {(member, epoch): order}  # replaced, not changed: threads read it
+        return order
+
+    def _batch(self, step: int) -> tuple[int, int]:
+        """Step -> (which group, number of the batch in that group's stream)."""
+        sizes = tuple(map(len, self.members))
+        # The epoch in which the step lies: at most one batch a group is owed, so the guess is below by few.
+        epoch = step * self.batch_size // sum(sizes)
+        while sum(_batches(sizes, epoch + 1, self.batch_size)) <= step:
+            epoch += 1
+        done = _batches(sizes, epoch, self.batch_size)
+        members, counts = _schedule(sizes, epoch, self.batch_size, self.seed, self.shuffle)
+        place = step - sum(done)
+        return int(members[place]), done[members[place]] + int(counts[place])
+
+
+def _batches(sizes: Sequence[int], epochs: int, batch_size: int) -> list[int]:
+    """Batches that groups of these sizes have given after that many epochs."""
+    return [epochs * size // batch_size for size in sizes]
 
 
 @functools.lru_cache(maxsize=2)
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of one epoch, uint32 [length].
-
-    Grain's own shuffle needs no memory, but takes 7 ms an index for ten samples: it walks a domain of 2^16.
-    """
-    order = np.arange(length, dtype=np.uint32)
-    np.random.default_rng((seed, epoch)).shuffle(order)
-    return order
+def _schedule(
+    sizes: tuple[int, ...], epoch: int, batch_size: int, seed: int, shuffle: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each batch of an epoch its group and how many of that group come before it in the epoch, int64 [batches]."""
+    before, after = (_batches(sizes, e, batch_size) for e in (epoch, epoch + 1))
+    members = np.repeat(np.arange(len(sizes)), np.subtract(after, before))
+    if shuffle:
+        np.random.default_rng((seed, epoch, len(sizes))).shuffle(members)
+    counts = np.zeros_like(members)
+    for member in range(len(sizes)):
+        counts[members == member] = np.arange(np.count_nonzero(members == member))
+    return members, counts
 
 
 @dataclass(frozen=True)
@@ -60,33 +104,38 @@ class _Load:
     """Position -> arrays and caption of one sample. All randomness comes from (seed, epoch, index)."""
 
     source: Source
-    transform: Transform
+    transforms: Sequence[Transform]
     order: _Order
     first: int
-    batch_size: int
-    global_batch_size: int
+    rows: int
     caption_dropout: float
 
-    def __call__(self, local: int) -> tuple[dict[str, Any], str]:
-        step, row = divmod(local, self.batch_size)
-        epoch, index = self.order(step * self.global_batch_size + self.first + row)
+    def __call__(self, local: int) -> tuple[dict[str, Any], str | None]:
+        step, row = divmod(local, self.rows)
+        group, epoch, index = self.order(step, self.first + row)
         rng = np.random.default_rng((self.order.seed, epoch, index))
         sample = self.source[index]
         drop, choice = rng.random(2)
         captions: Sequence[str] = sample.get("captions") or (sample["caption"],)
-        caption = "" if drop < self.caption_dropout else captions[int(choice * len(captions))]
-        return self.transform(sample, rng), caption
+        dropped, chosen = drop < self.caption_dropout, int(choice * len(captions))
+        arrays = self.transforms[group](sample, rng)
+        if "texts" in sample:
+            return arrays | (sample["empty_text"] if dropped else sample["texts"][chosen]), None
+        return arrays, "" if dropped else captions[chosen]
 
 
 @dataclass(frozen=True)
 class _Collate:
-    """Samples -> batch: arrays stacked, captions tokenized."""
+    """Samples -> batch: arrays stacked, captions tokenized where the samples carry no embeddings of them."""
 
     tokenize: Tokenize
 
-    def __call__(self, samples: Sequence[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[tuple[dict[str, Any], str | None]]) -> dict[str, Any]:
         batch = _stack([arrays for arrays, _ in samples])
-        ids = self.tokenize([caption for _, caption in samples])
+        captions = [caption for _, caption in samples if caption is not None]
+        if not captions:
+            return batch
+        ids = self.tokenize(captions)
         return batch | {name: np.asarray(value, np.int32) for name, value in ids.items()}
 
 
@@ -169,7 +218,7 @@ class BatchIterator:
 
 def make_loader(
     source: Source,
-    transform: Transform,
+    transform: Transform | Sequence[Transform],
     tokenize: Tokenize,
     batch_size: int,
     seed: int,
@@ -178,14 +227,18 @@ def make_loader(
     shard: tuple[int, int] = (0, 1),
     caption_dropout: float = 0.0,
     prefetch: int = 2,
+    groups: np.ndarray | None = None,
 ) -> BatchIterator:
     """Endless batches of `source`, reshuffled every epoch.
 
     `batch_size` counts the rows of the global batch; shard (index, count) gets its contiguous share of each,
     so that the shards' batches put together are the batch of one host. Batches run across the ends of epochs,
-    so all are full and no sample is left out. `tokenize(list of captions) -> {"input_ids": int32 [B, L],
+    so all are full and no sample is left out. `groups` (int [samples], for instance of aspect-ratio buckets): all rows
+    of a batch, on every shard, are then of one group g and go through `transform[g]`; what does not fill a batch of
+    its group waits for the next epoch. `tokenize(list of captions) -> {"input_ids": int32 [B, L],
     ...}`. Captions are replaced by "" with probability `caption_dropout`, drawn anew for each sample in each
-    epoch. `workers` processes (0: threads of this process) and `prefetch` batches ahead for each change speed
+    epoch; a sample with `texts` (a dict of arrays for each caption) and `empty_text` gives those in place of ids.
+    `workers` processes (0: threads of this process) and `prefetch` batches ahead for each change speed
     only, never the batches.
 
     Batch: the transform's arrays stacked (image uint8 [B, H, W, 3], masks uint8 [B, H, W, 1], time_ids
@@ -202,15 +255,20 @@ def make_loader(
         raise ValueError(f"caption_dropout = {caption_dropout}: use 0 ... 1")
     if workers < 0 or prefetch < 1:
         raise ValueError(f"workers = {workers} must be >= 0 and prefetch = {prefetch} >= 1")
+    transforms = [transform] if callable(transform) else list(transform)
+    members = np.zeros(len(source), np.int32) if groups is None else np.asarray(groups)
+    if members.shape != (len(source),) or not 0 <= members.min() <= members.max() < len(transforms):
+        raise ValueError(f"groups: needs one number below {len(transforms)} for each of the {len(source)} samples")
     rows = batch_size // count
-    order = _Order(len(source), seed, shuffle)
-    load = _Load(source, transform, order, index * rows, rows, batch_size, caption_dropout)
+    order = _Order(members, batch_size, seed, shuffle)
+    load = _Load(source, transforms, order, index * rows, rows, caption_dropout)
     samples = grain.MapDataset.range(sys.maxsize // batch_size).map(load)
     settings = {
         "batch_size": batch_size,
         "seed": seed,
         "shuffle": shuffle,
         "samples": len(source),
+        "groups": None if groups is None else np.bincount(members, minlength=len(transforms)).tolist(),
         "shards": count,
     }
     return BatchIterator(samples, _Collate(tokenize), workers, prefetch, settings)

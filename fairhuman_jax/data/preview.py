@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 FACE_COLOUR = (255, 0, 0)
 HAND_COLOUR = (0, 255, 0)
 STRENGTH = 0.45
+GREY = 160
 
 
 def tint(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], strength: float = STRENGTH) -> np.ndarray:
@@ -27,10 +28,11 @@ def overlay(
 ) -> Image.Image:
     """Sheet of a batch (image uint8 [B, H, W, 3], optional face_mask, hand_mask, conditioning_image).
 
-    Each tile is the tinted image (its control image, if any, to the right) with its caption below; `tile` is
-    the shown height in pixels (None: the image's own, at least 128).
+    A batch of latents has no image: its masks are shown on grey. Each tile is the tinted image (its control image, if
+    any, to the right) with its caption below; `tile` is the shown height in pixels (None:
+    the image's own, at least 128).
     """
-    images = np.asarray(batch["image"])
+    images = np.asarray(batch["image"]) if "image" in batch else _canvas(batch)
     count, high = images.shape[:2]
     for name, colour in (("face_mask", FACE_COLOUR), ("hand_mask", HAND_COLOUR)):
         if name in batch:
@@ -55,3 +57,9 @@ def overlay(
         sheet.paste(Image.fromarray(image).resize((width, side), Image.Resampling.BILINEAR), (left, top))
         draw.multiline_text((left + 3, top + side + 1), text, fill="black", font=font)
     return sheet
+
+
+def _canvas(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Grey uint8 [B, H, W, 3] of the size of the batch's masks."""
+    shape = np.shape(batch["face_mask"])
+    return np.full((*shape[:-1], 3), GREY, np.uint8)

@@ -35,7 +35,7 @@ class Geometry:
     """What happened to one picture: resized to (height, width), mirrored or not, then cropped at (top, left).
 
     Offsets are pixels of the resized (and, where `flip`, mirrored) picture; `original` is (height, width)
-    before.
+    before, `size` that of the crop [h, w].
     """
 
     original: tuple[int, int]
@@ -43,7 +43,7 @@ class Geometry:
     top: int
     left: int
     flip: bool
-    size: int
+    size: tuple[int, int]
 
     @property
     def resized_xy(self) -> tuple[int, int]:
@@ -54,16 +54,17 @@ class Geometry:
         """Mirror and crop an array [height, width, C] that has the resized size already."""
         if self.flip:
             array = array[:, ::-1]
-        return np.ascontiguousarray(array[self.top : self.top + self.size, self.left : self.left + self.size])
+        height, width = self.size
+        return np.ascontiguousarray(array[self.top : self.top + height, self.left : self.left + width])
 
     def image(self, array: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> uint8 [size, size, 3]: bilinear with antialiasing."""
+        """uint8 [H, W, 3] -> uint8 [h, w, 3]: bilinear with antialiasing."""
         if array.shape[:2] != self.resized:
             array = np.asarray(Image.fromarray(array).resize(self.resized_xy, Image.Resampling.BILINEAR))
         return self.cut(array)
 
     def mask(self, array: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 1] in {0, 1} -> [size, size, 1]: bilinear on 0 / 255 grey, then 1 where >= 128."""
+        """uint8 [H, W, 1] in {0, 1} -> [h, w, 1]: bilinear on 0 / 255 grey, then 1 where >= 128."""
         if array.shape[:2] != self.resized:
             grey = Image.fromarray(array[..., 0] * np.uint8(255))
             grey = np.asarray(grey.resize(self.resized_xy, Image.Resampling.BILINEAR))
@@ -71,7 +72,7 @@ class Geometry:
         return self.cut(array)
 
     def map(self, array: np.ndarray) -> np.ndarray:
-        """float32 [H, W, 1] -> [size, size, 1]: bilinear with antialiasing."""
+        """float32 [H, W, 1] -> [h, w, 1]: bilinear with antialiasing."""
         if array.shape[:2] != self.resized:
             layer = Image.fromarray(array[..., 0].astype(np.float32))
             array = np.asarray(layer.resize(self.resized_xy, Image.Resampling.BILINEAR))[..., None]
@@ -101,23 +102,24 @@ class Geometry:
 
     def time_ids(self) -> np.ndarray:
         """SDXL's float32 [6]: original height, width, crop top, left, target height, width."""
-        return np.asarray([*self.original, self.top, self.left, self.size, self.size], np.float32)
+        return np.asarray([*self.original, self.top, self.left, *self.size], np.float32)
 
 
 @dataclass(frozen=True)
 class JointTransform:
-    """Short side to `resolution` (up or down), mirror with probability `flip`, crop to a square.
+    """Resize (up or down) to cover `resolution`, mirror with probability `flip`, crop to it.
 
-    `crop`: "center" or "random" (uniform over all offsets). Long side = floor(resolution * long / short),
-    centre offsets rounded half to even, as torchvision does it. Called with (sample, numpy Generator), gives
-    `image`, `conditioning_image` if the sample has one (uint8 [R, R, 3]), `masks` (uint8 [R, R, 1] in {0, 1};
-    face_mask and hand_mask are empty where missing), `maps` (float32 [R, R, 1]), `keypoints` (a dict of the
+    `resolution`: (height, width), or one number for a square. The picture keeps its shape: one side fits, the other
+    is floored from the same factor and at least as long as the crop's. `crop`: "center" or "random" (uniform over
+    all offsets), centre offsets rounded half to even, as torchvision does it. Called with (sample, numpy Generator),
+    gives `image`, `conditioning_image` if the sample has one (uint8 [h, w, 3]), `masks` (uint8 [h, w, 1] in {0, 1};
+    face_mask and hand_mask are empty where missing), `maps` (float32 [h, w, 1]), `keypoints` (a dict of the
     named sets, see Geometry.keypoints) and `time_ids` (float32 [6]). The generator is drawn from three times
     whatever the options, so that switching one does not change the others' draws. Raises ValueError: options,
     or a sample that lacks a layer.
     """
 
-    resolution: int
+    resolution: int | tuple[int, int]
     crop: str = "center"
     flip: float = 0.0
     masks: tuple[str, ...] = ("face_mask", "hand_mask")
@@ -127,23 +129,29 @@ class JointTransform:
     def __post_init__(self) -> None:
         if self.crop not in ("center", "random"):
             raise ValueError(f"crop = {self.crop!r}: use 'center' or 'random'")
-        if self.resolution < 1 or not 0.0 <= self.flip <= 1.0:
+        if min(self.size) < 1 or not 0.0 <= self.flip <= 1.0:
             raise ValueError(f"resolution = {self.resolution} must be >= 1 and flip = {self.flip} within 0 ... 1")
         for name in self.keypoints:
             if name not in MIRROR:
                 raise ValueError(f"keypoints: unknown set {name!r}; use {', '.join(MIRROR)}")
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what comes out."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)
+
     def geometry(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
         """Draw the geometry of a picture of `height` x `width` pixels."""
-        size, short = self.resolution, min(height, width)
-        resized = (size * height // short, size * width // short)
+        high, wide = self.size
+        fits_height = high * width >= wide * height
+        resized = (high, high * width // height) if fits_height else (wide * height // width, wide)
         flip, row, column = rng.random(3)
-        room = resized[0] - size, resized[1] - size
+        room = resized[0] - high, resized[1] - wide
         if self.crop == "random":
             top, left = (int(u * (r + 1)) for u, r in zip((row, column), room, strict=True))
         else:
             top, left = (round(r / 2) for r in room)
-        return Geometry((height, width), resized, top, left, bool(flip < self.flip), size)
+        return Geometry((height, width), resized, top, left, bool(flip < self.flip), self.size)
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         height, width = sample["image"].shape[:2]
@@ -151,7 +159,7 @@ class JointTransform:
         out: dict[str, Any] = {"image": geometry.image(sample["image"])}
         if "conditioning_image" in sample:
             out["conditioning_image"] = geometry.image(_layer(sample, "conditioning_image"))
-        empty = np.zeros((self.resolution, self.resolution, 1), np.uint8)
+        empty = np.zeros((*self.size, 1), np.uint8)
         for name in self.masks:
             source = SWAP.get(name, name) if geometry.flip else name
             optional = name in OPTIONAL_MASKS and name not in sample

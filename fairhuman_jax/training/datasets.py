@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from fairhuman_jax.data.buckets import assign_buckets, bucket_shapes, picture_size
 from fairhuman_jax.data.cache import cached_people
-from fairhuman_jax.data.folder import FolderDataset
-from fairhuman_jax.data.loader import BatchIterator, Source, make_loader
+from fairhuman_jax.data.folder import METADATA, FolderDataset
+from fairhuman_jax.data.loader import BatchIterator, Source, Transform, make_loader
+from fairhuman_jax.data.shards import MANIFEST, ShardedDataset
+from fairhuman_jax.data.tfds_folder import INFO, TFDSDataset
 from fairhuman_jax.data.transforms import JointTransform
 from fairhuman_jax.systems.contract import System
 from fairhuman_jax.training.config import DataConfig, TrainConfig
+from fairhuman_jax.training.latents import encode_samples
 
 Arrays = dict[str, np.ndarray]
-ENCODE_BATCH = 64
 
 
 class Part:
-    """A contiguous part of a source, picklable for worker processes."""
+    """Some samples of a source in a given order, picklable for worker processes."""
 
-    def __init__(self, source: Source, first: int, length: int) -> None:
-        self.source, self.first, self.length = source, first, length
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+        self.source, self.indices = source, np.asarray(indices)
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[self.first + index]
+        return self.source[int(self.indices[index])]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of a sample's image."""
+        return picture_size(self.source, int(self.indices[index]))
 
 
 class LatentSource:
-    """Samples whose image is replaced by the moments of its latent, encoded once (float16)."""
+    """Encoded samples in memory; `shapes`: of their latents."""
 
     def __init__(self, samples: list[dict[str, Any]]) -> None:
         self.samples = samples
+        self.shapes = [sample["latent_mean"].shape for sample in samples]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -46,48 +55,79 @@ class LatentSource:
         return self.samples[index]
 
 
+def open_source(config: DataConfig) -> Source:
+    """The people world or what `config.folder` holds: metadata.jsonl, a TFDS version folder or shards of latents.
+
+    Raises FileNotFoundError, ValueError: no such folder, or none of the three in it; what the readers raise.
+    """
+    if config.folder is None:
+        total = config.length + config.held_out
+        return cached_people(config.resolution, total, config.seed, conditioning=config.conditioning)
+    root = Path(config.folder)
+    if (root / METADATA).is_file():
+        return FolderDataset(root, on_error=config.on_error)
+    if (root / MANIFEST).is_file():
+        return ShardedDataset(root)
+    if (root / INFO).is_file():
+        return TFDSDataset(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    raise ValueError(
+        f"{root}: no data folder; it needs {METADATA}, {INFO} (TFDS version folder) or {MANIFEST} (shards)"
+    )
+
+
 def open_data(config: DataConfig) -> tuple[Source, Source]:
     """(training source, held-out source); held out are the last samples."""
+    source = open_source(config)
     if config.folder is None:
-        source: Source = cached_people(config.resolution, config.length + config.held_out, config.seed)
         held_out = config.held_out
     else:
-        source = FolderDataset(config.folder, on_error=config.on_error)
         held_out = min(config.held_out, max(len(source) // 4, 1))
         if len(source) < 2:
             raise ValueError(f"{config.folder}: {len(source)} samples; training and held-out need at least 2")
     training = len(source) - held_out
-    return Part(source, 0, training), Part(source, training, held_out)
+    return Part(source, range(training)), Part(source, range(training, len(source)))
 
 
 def training_batches(
     source: Source, system: System, data: DataConfig, train: TrainConfig, frozen: Any
 ) -> BatchIterator:
-    """The endless, resumable stream of this process's share of each global batch."""
-    transform: Callable = JointTransform(data.resolution, crop=data.crop, flip=data.flip)
-    if data.cache_latents:
-        if not hasattr(system, "encode_image"):
-            raise ValueError(f"data.cache_latents: {type(system).__name__} has no frozen autoencoder to encode with")
-        fixed = JointTransform(data.resolution, crop="center", flip=0.0)
-        source, transform = encode_source(source, system, frozen, fixed), _arrays_only
+    """The endless, resumable stream of this process's share of each global batch; with buckets one shape a batch."""
+    encodes = hasattr(system, "encode_image")
+    if (data.cache_latents or latent_shapes(source)) and not encodes:
+        what = "data.cache_latents" if data.cache_latents else f"{data.folder} holds latents"
+        raise ValueError(f"{what}: {type(system).__name__} has no frozen autoencoder to encode with")
+    if data.cache_latents and not latent_shapes(source):
+        fixed, groups = geometry(source, data, crop="center", flip=0.0)
+        source = encode_source(source, system, frozen, fixed, groups)
+    transforms, groups = _batching(source, data, crop=data.crop, flip=data.flip)
     return make_loader(
         source,
-        transform,
+        transforms,
         system.tokenize,
         train.batch_size,
         train.seed,
         workers=data.workers,
         shard=(jax.process_index(), jax.process_count()),
         caption_dropout=data.caption_dropout,
+        groups=groups,
     )
 
 
 def held_out_batches(source: Source, system: System, data: DataConfig, batch_size: int) -> list[Arrays]:
-    """Full batches of the held-out samples, centre-cropped; a remainder is filled up from the start."""
-    transform = JointTransform(data.resolution, crop="center", flip=0.0)
-    count = -(-len(source) // batch_size)
-    with make_loader(source, transform, system.tokenize, batch_size, seed=0, shuffle=False) as loader:
-        batches = [next(loader) for _ in range(count)]
+    """Full batches of the held-out samples, centre-cropped to the square; latents keep their shapes, one a batch.
+
+    A remainder is filled up from the start of its shape's samples.
+    """
+    transforms, groups = _batching(source, replace(data, buckets=False), crop="center", flip=0.0)
+    members = np.zeros(len(source), np.int32) if groups is None else groups
+    batches: list[Arrays] = []
+    for group in np.unique(members):
+        part = Part(source, np.flatnonzero(members == group))
+        with make_loader(part, transforms[group], system.tokenize, batch_size, seed=0, shuffle=False) as loader:
+            batches += [next(loader) for _ in range(-(-len(part) // batch_size))]
+    count = len(batches)
     times = (np.arange(count * batch_size, dtype=np.float32) + 0.5) / (count * batch_size)
     # Neighbouring samples get distant times, so that each batch covers the schedule.
     spread = times.reshape(batch_size, count).T
@@ -95,25 +135,43 @@ def held_out_batches(source: Source, system: System, data: DataConfig, batch_siz
     return [batch | {"times": spread[i], "position": position} for i, batch in enumerate(batches)]
 
 
-def encode_source(source: Source, system: Any, frozen: Any, transform: Callable) -> LatentSource:
-    """Every image through the frozen encoder, once; captions, masks and sizes are kept as `transform` gives them."""
-    encode = jax.jit(system.encode_image)
-    rng = np.random.default_rng(0)
-    samples: list[dict[str, Any]] = []
-    for first, group in tqdm(list(_groups(len(source))), desc="encoding latents", unit="batch"):
-        raw = [source[i] for i in range(first, first + group)]
-        arrays = [transform(sample, rng) for sample in raw]
-        images = np.stack([each.pop("image") for each in arrays])
-        padded = np.concatenate([images, np.repeat(images[-1:], ENCODE_BATCH - group, axis=0)])
-        mean, logvar = (np.asarray(x, np.float16) for x in encode(frozen, padded))
-        for i, sample in enumerate(raw):
-            texts = {name: sample[name] for name in ("caption", "captions") if name in sample}
-            samples.append(texts | arrays[i] | {"latent_mean": mean[i], "latent_logvar": logvar[i]})
+def encode_source(
+    source: Source, system: Any, frozen: Any, transforms: Sequence[JointTransform], groups: np.ndarray | None = None
+) -> LatentSource:
+    """Every image through the frozen encoder, once; captions, masks and sizes are kept as its transform gives them."""
+    samples: list[dict[str, Any]] = [{}] * len(source)
+    for index, record in encode_samples(source, range(len(source)), system, frozen, transforms, groups):
+        samples[index] = record | {"caption": record["captions"][0]}
     return LatentSource(samples)
 
 
-def _groups(length: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(ENCODE_BATCH, length - first)) for first in range(0, length, ENCODE_BATCH))
+def geometry(
+    source: Source, data: DataConfig, *, crop: str, flip: float
+) -> tuple[list[JointTransform], np.ndarray | None]:
+    """(transforms, which of them each sample takes): one for each bucket, or the square's alone and None."""
+    if not data.buckets:
+        return [JointTransform(data.resolution, crop=crop, flip=flip)], None
+    shapes = bucket_shapes(data.resolution, data.bucket_step, data.bucket_aspect)
+    return [JointTransform(shape, crop=crop, flip=flip) for shape in shapes], assign_buckets(source, shapes)
+
+
+def latent_shapes(source: Source) -> list[tuple[int, ...]] | None:
+    """Shape of each sample's latent, for a source that holds latents."""
+    if isinstance(source, Part):
+        shapes = latent_shapes(source.source)
+        return shapes and [shapes[i] for i in source.indices]
+    return getattr(source, "shapes", None)
+
+
+def _batching(
+    source: Source, data: DataConfig, *, crop: str, flip: float
+) -> tuple[Sequence[Transform], np.ndarray | None]:
+    """What make_loader needs so that batches stack: `geometry` of images, or the shapes of latents."""
+    shapes = latent_shapes(source)
+    if shapes is None:
+        return geometry(source, data, crop=crop, flip=flip)
+    kinds = {shape: i for i, shape in enumerate(sorted(set(shapes)))}
+    return [_arrays_only] * len(kinds), np.asarray([kinds[shape] for shape in shapes]) if len(kinds) > 1 else None
 
 
 def _arrays_only(sample: dict[str, Any], rng: np.random.Generator) -> Arrays:

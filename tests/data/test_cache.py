@@ -44,6 +44,20 @@ def test_samples_are_those_of_the_dataset():
     np.testing.assert_array_equal(again[2]["image"], source[2]["image"])
 
 
+def test_conditions_are_kept_in_a_folder_of_their_own(root):
+    plain = cache.cached_people(*ARGUMENTS)
+    source = pickle.loads(pickle.dumps(cache.cached_people(*ARGUMENTS, conditioning=True)))
+    size, length, seed, start = ARGUMENTS
+    drawn = PeopleDataset(size, length, seed, start=start, conditioning=True)
+    for index in range(length):
+        sample = source[index]
+        np.testing.assert_array_equal(sample.pop("conditioning_image"), drawn[index]["conditioning_image"])
+        assert sample.keys() == plain[index].keys()
+        for name in ("image", "face_mask", "hand_mask"):
+            np.testing.assert_array_equal(sample[name], plain[index][name])
+    assert len(list(root.glob("people-24px-seed5-10+3-*"))) == 2
+
+
 def test_a_second_opening_draws_nothing(root, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("drawn again")
@@ -52,7 +66,7 @@ def test_a_second_opening_draws_nothing(root, monkeypatch):
     before = sorted(root.rglob("*"))
     assert len(cache.cached_people(*ARGUMENTS)) == 3
     assert sorted(root.rglob("*")) == before
-    for other in ((24, 3, 6, 10), (24, 4, 5, 10), (24, 3, 5, 11), (32, 3, 5, 10)):
+    for other in ((24, 3, 6, 10), (24, 4, 5, 10), (24, 3, 5, 11), (32, 3, 5, 10), (24, 4, 5, 10, True)):
         with pytest.raises(AssertionError, match="drawn again"):
             cache.cached_people(*other)
 
@@ -89,7 +103,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
 
 
 def test_losing_a_race_uses_the_folder_of_the_other_process(root, monkeypatch):
-    finished = next(root.glob("people-24px*"))
+    finished = next(root.glob(f"people-24px-seed5-10+3-{'?' * 12}"))
     hidden = root / "hidden"
     finished.rename(hidden)
 

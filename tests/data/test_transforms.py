@@ -105,7 +105,7 @@ def test_points_follow_the_pixels_and_change_sides(flip):
 
 
 def test_points_scale_and_hands_swap():
-    geometry = Geometry(original=(50, 100), resized=(25, 50), top=0, left=5, flip=True, size=25)
+    geometry = Geometry(original=(50, 100), resized=(25, 50), top=0, left=5, flip=True, size=(25, 25))
     left, right = np.full((21, 3), (10, 20, 1)), np.full((21, 3), (90, 20, 0))
     moved = geometry.keypoints({"hand_left": left, "hand_right": right})
     np.testing.assert_array_equal(moved["hand_right"][0], (50 - 5 - 5, 10, 1))

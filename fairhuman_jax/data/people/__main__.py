@@ -5,21 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from fairhuman_jax.data.export import export_folder
 from fairhuman_jax.data.people.dataset import PeopleDataset
-from fairhuman_jax.data.people.pack import PeoplePack
-from fairhuman_jax.data.people.render import render
 from fairhuman_jax.data.people.sheet import contact_sheet
-from fairhuman_jax.data.people.spec import sample_spec
+from fairhuman_jax.data.preview import overlay
 
 
 def sheet(arguments: argparse.Namespace) -> None:
-    """Write a contact sheet of samples beside their masks and skeletons."""
-    pack = PeoplePack.load()
-    indices = range(arguments.start, arguments.start + arguments.count)
-    specs = (sample_spec(arguments.seed, i, arguments.framing) for i in indices)
-    samples = (render(pack, spec, arguments.size) for spec in specs)
-    picture = contact_sheet(samples, arguments.columns, max(arguments.size, arguments.tile))
+    """Write a contact sheet of samples beside their masks and skeletons, or beside their control images."""
+    people = PeopleDataset(
+        arguments.size,
+        arguments.count,
+        arguments.seed,
+        start=arguments.start,
+        framing=arguments.framing,
+        conditioning=arguments.conditioning,
+    )
+    samples = [people[i] for i in range(len(people))]
+    tile = max(arguments.size, arguments.tile)
+    if arguments.conditioning:
+        batch = {name: np.stack([sample[name] for sample in samples]) for name in ("image", "conditioning_image")}
+        picture = overlay(batch, columns=arguments.columns, tile=tile)
+    else:
+        picture = contact_sheet(samples, arguments.columns, tile)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.out)
     print(f"{arguments.out}: {arguments.count} samples of {arguments.size} px, seed {arguments.seed}")
@@ -35,12 +45,13 @@ def _add_sheet(commands) -> None:
     parser.add_argument("--columns", type=int, default=4, help="samples in a row")
     parser.add_argument("--tile", type=int, default=192, help="pixels a sample is enlarged to")
     parser.add_argument("--framing", default=None, help="force one framing, for example 'portrait'")
+    parser.add_argument("--conditioning", action="store_true", help="show the control images alone")
     parser.set_defaults(run=sheet)
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write samples as a metadata.jsonl folder: pictures, captions, face and hand masks."""
-    people = PeopleDataset(arguments.size, arguments.count, arguments.seed)
+    """Write samples as a metadata.jsonl folder: pictures, captions, face and hand masks, control images if wanted."""
+    people = PeopleDataset(arguments.size, arguments.count, arguments.seed, conditioning=arguments.conditioning)
     try:
         path = export_folder(people, arguments.folder, report=_progress)
     except FileExistsError as error:
@@ -59,6 +70,7 @@ def _add_export(commands) -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--size", type=int, default=128, help="pixels of a sample")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--conditioning", action="store_true", help="draw control images: skeleton and hand depth")
     parser.set_defaults(run=export)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+from fairhuman_jax.data.people.conditions import skeleton
 from fairhuman_jax.data.people.pack import PeoplePack
 from fairhuman_jax.data.people.render import render
 from fairhuman_jax.data.people.spec import sample_spec
@@ -14,7 +15,8 @@ class PeopleDataset:
     `__getitem__`, as grain's random-access sources; pickles small.
 
     `size` pixels a side; `framing` forces one framing; `supersample` squared samples a pixel. Samples are
-    those of `render`. Nothing is cached on disk. IndexError outside -length..length - 1.
+    those of `render`; with `conditioning` also `conditioning_image` uint8 [S, S, 3] (see
+    `conditions.skeleton`). Nothing is cached on disk. IndexError outside -length..length - 1.
     """
 
     def __init__(
@@ -25,11 +27,12 @@ class PeopleDataset:
         start: int = 0,
         framing: str | None = None,
         supersample: int = 2,
+        conditioning: bool = False,
     ) -> None:
         if length < 1:
             raise ValueError(f"PeopleDataset: length {length} must be at least 1")
         self.size, self.length, self.seed, self.start = size, length, seed, start
-        self.framing, self.supersample = framing, supersample
+        self.framing, self.supersample, self.conditioning = framing, supersample, conditioning
 
     def __len__(self) -> int:
         return self.length
@@ -39,8 +42,9 @@ class PeopleDataset:
         if not -self.length <= i < self.length:
             raise IndexError(f"PeopleDataset: index {i} outside a set of {self.length} samples")
         spec = sample_spec(self.seed, self.start + i % self.length, self.framing)
-        return render(PeoplePack.load(), spec, self.size, self.supersample)
+        sample = render(PeoplePack.load(), spec, self.size, self.supersample)
+        return sample | {"conditioning_image": skeleton(sample)} if self.conditioning else sample
 
     def __repr__(self) -> str:
-        fields = ("size", "length", "seed", "start", "framing", "supersample")
+        fields = ("size", "length", "seed", "start", "framing", "supersample", "conditioning")
         return f"PeopleDataset({', '.join(f'{k}={getattr(self, k)!r}' for k in fields)})"

@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from fairhuman_jax.data.people.surface import HAND_LEFT, HAND_RIGHT, HEAD_SKIN
+from fairhuman_jax.data.pose_drawing import relative_depth
 
 CLASSES = 9
 SIDES = ("left", "right")
-FAR_HAND = 0.2  # value of the farthest pixel of a hand; the nearest is 1
 
 COCO17 = (
     "nose", "eye.L", "eye.R", "ear.L", "ear.R", "upperarm01.L", "upperarm01.R", "lowerarm01.L",
@@ -81,13 +81,8 @@ def normalised_hand_depth(depth: np.ndarray, masks: dict[str, np.ndarray]) -> np
 
     `depth` [S, S, 1] in metres, `masks` as `decide` gives them.
     """
-    out = np.zeros(depth.shape, dtype=np.float32)
-    for side in SIDES:
-        inside = masks[f"hand_mask_{side}"] > 0
-        if inside.any():
-            d = depth[inside]
-            out[inside] = 1 - (1 - FAR_HAND) * (d - d.min()) / max(float(d.max() - d.min()), 1e-6)
-    return out
+    left, right = (relative_depth(depth, masks[f"hand_mask_{side}"] > 0) for side in SIDES)
+    return left + right
 
 
 def tolerance(name: str) -> float:

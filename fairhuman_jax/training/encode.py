@@ -1,0 +1,93 @@
+"""Command that writes latents and text embeddings: `python -m fairhuman_jax.training.encode CONFIG FOLDER --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fairhuman_jax.config import load_config
+from fairhuman_jax.data.shards import SHARD_BYTES, ShardedDataset, ShardWriter
+from fairhuman_jax.training.config import DataConfig
+from fairhuman_jax.training.datasets import geometry, open_source
+from fairhuman_jax.training.latents import TextEncoding, content_keys, encode_samples
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoding did: records written now, found there already, samples that could not be read."""
+
+    folder: Path
+    written: int
+    kept: int
+    bad: int
+
+
+def encode_folder(
+    data: DataConfig,
+    system: Any,
+    params: Any,
+    folder: str | os.PathLike[str],
+    *,
+    text: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> Encoded:
+    """Write what `data` describes into a folder of shards (data.shards), centre-cropped and not mirrored.
+
+    Samples whose key (files, captions, geometry, encoders) has a record there are not encoded again. `text`: with the
+    embeddings of all captions; without, captions stay text, as a trained text encoder needs it. Errors: what the source
+    and ShardWriter raise; ValueError: latents already, or a system without frozen encoders.
+    """
+    if not hasattr(system, "encode_image"):
+        raise ValueError(f"{type(system).__name__} has no frozen autoencoder to encode with")
+    source = open_source(data)
+    if isinstance(source, ShardedDataset):
+        raise ValueError(f"{data.folder}: holds latents already")
+    transforms, groups = geometry(source, data, crop="center", flip=0.0)
+    keys = content_keys(source, system, params, transforms, groups, text)
+    empty = TextEncoding(system, params).empty() if text else None
+    with ShardWriter(folder, keys, empty, shard_bytes) as writer:
+        missing = set(writer.missing)
+        first = {key: index for index, key in reversed(list(enumerate(keys))) if key in missing}
+        written = 0
+        todo = sorted(first.values())
+        skip = data.on_error == "skip"
+        for index, record in encode_samples(source, todo, system, params, transforms, groups, text=text, skip=skip):
+            key = keys[index]
+            assert key is not None
+            writer.write(key, record)
+            written += 1
+    readable = len({key for key in keys if key is not None})
+    return Encoded(Path(folder), written, readable - len(missing), keys.count(None) + len(missing) - written)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run. Exit codes: 0, 2 (one line says what was wrong)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fairhuman_jax.training.encode",
+        description="Encodes the data of a configuration once; train with --set data.folder=FOLDER afterwards.",
+    )
+    parser.add_argument("config", help="a file of configs/")
+    parser.add_argument("folder", type=Path, help="where the shards go; an encoding that was stopped goes on there")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one field")
+    parser.add_argument("--no-text", action="store_true", help="keep captions as text: for training text encoders")
+    parser.add_argument("--shard-megabytes", type=int, default=SHARD_BYTES >> 20, help="size of a shard (default 512)")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.set)
+        system = config.system.build()
+        _, params = system.init(jax.random.key(config.train.seed))
+        size = options.shard_megabytes << 20
+        done = encode_folder(config.data, system, params, options.folder, text=not options.no_text, shard_bytes=size)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+    print(f"{done.folder}: {done.written} samples encoded, {done.kept} kept, {done.bad} could not be read")
+
+
+if __name__ == "__main__":
+    main()
