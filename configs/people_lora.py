@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
+from fairhuman_jax.systems.trainables import LoraTrainable
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
@@ -24,7 +25,7 @@ PROMPTS = (
 def config() -> RunConfig:
     """Three objectives (global, face, hand) under the fair rule."""
     return RunConfig(
-        system=FairHumanConfig(base="people", rank=16),
+        system=FairHumanConfig(base="people", trainable=LoraTrainable(rank=16)),
         output="runs/people_lora",
         data=DataConfig(length=1_536, held_out=128, resolution=64, seed=1),
         optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=10),

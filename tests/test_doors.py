@@ -19,12 +19,13 @@ from fairhuman_jax.weights import save_lora, save_model, save_pipeline, save_sin
 CONFIG = """
 from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
+from fairhuman_jax.systems.trainables import LoraTrainable
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
 
 
 def config():
     return RunConfig(
-        system=FairHumanConfig(base="{base}", rank=2),
+        system=FairHumanConfig(base="{base}", trainable=LoraTrainable(rank=2)),
         output="{output}",
         data=DataConfig(length=8, held_out=8, resolution=16),
         train=TrainConfig(steps=2, batch_size=8, checkpoint_every=1),
@@ -83,15 +84,31 @@ def test_training_ends_with_table_picture_and_lora(config, tmp_path, capsys):
         (["CONFIG", "--set", "train.steps=many"], "train.steps=many: needs int"),
         (["CONFIG", "--set", "system.base=/nowhere"], "base model /nowhere: no such folder"),
         (["CONFIG", "--set", "data.folder=/nowhere"], "/nowhere"),
-        (["CONFIG", "--set", "optimizer.schedule=sudden"], "known: constant, cosine"),
+        (["CONFIG", "--set", "optimizer.schedule=sudden"], "known: constant, linear, cosine"),
         (["CONFIG", "--set", "fair.method=fairest"], "unknown method 'fairest'"),
         (["CONFIG", "--set", "train.batch_size=7"], "a batch of 7 does not divide over 8 devices"),
         (["CONFIG", "--resume"], "no checkpoint to resume from"),
+        (["CONFIG", "--resume", "--auto-resume"], "not allowed with argument --resume"),
+        (["CONFIG", "--sett", "train.steps=3"], "unrecognized arguments: --sett"),
+        (["CONFIG", "--set", "output=CONFIG/run"], "config.py"),
+        (["CONFIG", "--set", "train.profile=5"], "train.profile=5: needs tuple[int, int] | None"),
+        (["CONFIG", "--coordinator", "here:1"], "--coordinator, --processes and --process go together"),
+        (
+            ["CONFIG", "--distributed", "--process", "1"],
+            "--distributed finds coordinator, processes and process itself",
+        ),
     ],
 )
 def test_training_refuses_in_one_line(config, capsys, arguments, expected):
-    arguments = [str(config) if argument == "CONFIG" else argument for argument in arguments]
+    arguments = [argument.replace("CONFIG", str(config)) for argument in arguments]
     assert expected in refused(capsys, train_door, arguments)
+
+
+def test_weights_and_biases_that_is_missing_is_refused_before_training(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    expected = "train.wandb: the package is missing; pip install wandb"
+    assert expected in refused(capsys, train_door, [str(config), "--set", "train.wandb=people"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_samples_carry_their_recipe_and_depend_on_seed_alone(base, tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
 from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
+from fairhuman_jax.systems.trainables import LoraTrainable
 from fairhuman_jax.training.objectives import task_gradients
 from fairhuman_jax.weights import Pipeline, build_small_clip_tokenizer, expected_params
 
@@ -121,15 +122,24 @@ def tiny_xl_pipeline() -> Pipeline:
     return Pipeline(unet, vae, (first, second), tokenizers, NoiseSchedule.from_config(SCHEDULE), params)
 
 
+@functools.cache
+def small_pipeline() -> Pipeline:
+    """Stable Diffusion 1's: one resolution, a middle block, noise prediction."""
+    unet = UNet2DCondition.from_config(SMALL_UNET | {"mid_block_type": "UNetMidBlock2DCrossAttn"})
+    params = tiny_pipeline().params | {"unet": random_params(unet, 8)}
+    schedule = NoiseSchedule.from_config(SCHEDULE | {"prediction_type": "epsilon"})
+    return dataclasses.replace(tiny_pipeline(), unet=unet, params=params, schedule=schedule)
+
+
 def with_middle(pipeline: Pipeline) -> Pipeline:
     """The same around a denoiser with a middle block, which diffusers' ControlNets and LDM files cannot do without."""
     unet = UNet2DCondition.from_config(pipeline.unet.to_config() | {"mid_block_type": "UNetMidBlock2DCrossAttn"})
     return dataclasses.replace(pipeline, unet=unet, params=pipeline.params | {"unet": random_params(unet, 8)})
 
 
-def fairhuman(pipeline: Pipeline | None = None, **config) -> FairHuman:
-    """The system of rank 2 around the tiny pipeline."""
-    return FairHuman(pipeline=pipeline or tiny_pipeline(), config=FairHumanConfig(**{"rank": 2} | config))
+def fairhuman(pipeline: Pipeline | None = None, kind: type[FairHuman] = FairHuman, **config) -> FairHuman:
+    """The system around the tiny pipeline, with a LoRA of rank 2 unless another `trainable` is given."""
+    return FairHumanConfig(**{"trainable": LoraTrainable(rank=2)} | config).attach(pipeline or tiny_pipeline(), kind)
 
 
 def trained_lora(system: FairHuman, seed: int = 7):
@@ -157,6 +167,29 @@ def random_batch(count: int = 8, *, seed: int = 0, xl: bool = False, position: b
     if position:
         batch["position"] = np.arange(count, dtype=np.int32)
     return batch
+
+
+def control_batch(count: int = 4, *, cached: bool = True, width: int = WIDTH, xl: bool = False) -> dict:
+    """A batch with condition images; with `cached` latents and text, which spares compiling their encoders."""
+    rng = np.random.default_rng(5)
+    batch = random_batch(count, xl=xl)
+    batch["conditioning_image"] = rng.integers(1, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    if not cached:
+        return batch
+    batch = {name: value for name, value in batch.items() if name != "image" and not name.startswith("input_ids")}
+    shapes = {
+        "latent_mean": (SIZE // 2, SIZE // 2, 4),
+        "latent_logvar": (SIZE // 2, SIZE // 2, 4),
+        "text_hidden": (TOKENS, width),
+        "text_pooled": (WIDTH,),
+    }
+    return batch | {name: rng.normal(size=(count, *shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def random_network(system: FairHuman, seed: int = 3) -> dict:
+    """Trainables of a ControlNet or adapter without zeros."""
+    networks = {"controlnet": system.controlnets, "adapter": system.adapters}
+    return {name: random_params(nets[0], seed) for name, nets in networks.items() if nets}
 
 
 def assert_trees_close(found, expected, tolerance: float = 1e-5) -> None:

@@ -23,7 +23,7 @@ from fairhuman_jax.doors.common import USER_ERRORS, add_debug, keep_compiled_pro
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
 from fairhuman_jax.systems.pipelines import open_system
 from fairhuman_jax.systems.sampling import make_request
-from fairhuman_jax.training.loop import sheet
+from fairhuman_jax.training.reporting import sheet
 from fairhuman_jax.training.sharding import make_mesh, replicate, shard_rows
 from fairhuman_jax.weights import load_loras, tokens_cut
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import shlex
+import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from fairhuman_jax.config import describe, load_config
+from fairhuman_jax.config import ConfigError, describe, load_config
 from fairhuman_jax.doors.common import (
     USER_ERRORS,
     add_debug,
@@ -13,12 +18,37 @@ from fairhuman_jax.doors.common import (
     make_every_core_a_device,
     refuse,
 )
+from fairhuman_jax.training.checkpoint import has_checkpoint
+from fairhuman_jax.training.config import RunConfig
+from fairhuman_jax.training.distributed import connect, is_main, refuse_one_of_many
 from fairhuman_jax.training.logging import table
 from fairhuman_jax.training.loop import Result, train
+from fairhuman_jax.training.preemption import Interrupted
 
 
 def train_door(arguments: Sequence[str] | None = None) -> None:
-    """`train.py [CONFIG] [--set key=value ...] [--resume] [--show]`."""
+    """`train.py [CONFIG] [--set key=value ...] [--resume | --auto-resume] [--show] [--compile-only TOPOLOGY]`, and for
+    one of several processes `[--distributed | --coordinator HOST:PORT --processes N --process I] [--timeout SECONDS]`.
+
+    Exit codes: 2 for bad input, 1 for a failure between processes, 143 and 130 after SIGTERM and SIGINT.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.set)
+        if options.show:
+            print(describe(config))
+        elif options.compile_only:
+            from fairhuman_jax.training.compile_only import compile_only
+
+            print(compile_only(config, options.compile_only))
+        else:
+            _run(parser, options, config, sys.argv[1:] if arguments is None else arguments)
+    except USER_ERRORS as error:
+        refuse(parser, error, options.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Trains what a configuration describes; without one, a fair LoRA on the shipped people model.",
@@ -27,21 +57,73 @@ def train_door(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one field, as in train.steps=50"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
+    resume = parser.add_mutually_exclusive_group()
+    resume.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
+    resume.add_argument(
+        "--auto-resume", action="store_true", help="as --resume where this run has a checkpoint, otherwise start it"
+    )
     parser.add_argument("--show", action="store_true", help="print the configuration with its fields and stop")
+    parser.add_argument(
+        "--compile-only", metavar="TOPOLOGY", help="compile for a TPU slice, as v5p:4x4x4, print what it needs and stop"
+    )
+    several = parser.add_argument_group("one of several processes that train together")
+    several.add_argument(
+        "--distributed", action="store_true", help="find the others by SLURM, Open MPI, GKE or the TPU"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    several.add_argument(
+        "--timeout", type=int, default=300, metavar="SECONDS", help="how long to wait for another one (default 300)"
+    )
     add_debug(parser)
-    options = parser.parse_args(arguments)
-    try:
-        config = load_config(options.config, options.set)
-        if options.show:
-            print(describe(config))
-            return
-        keep_compiled_programs()
+    return parser
+
+
+def _run(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, config: RunConfig, arguments: Sequence[str]
+) -> None:
+    """Trains, and says how it ended."""
+    if not options.debug:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what goes wrong with a checkpoint is said in one line
+    peers = (options.coordinator, options.processes, options.process)
+    together = options.distributed or any(part is not None for part in peers)
+    if options.distributed and peers != (None, None, None):
+        raise ConfigError("--distributed finds coordinator, processes and process itself: leave those out, or it")
+    if together and not options.distributed and None in peers:
+        raise ConfigError("--coordinator, --processes and --process go together")
+    keep_compiled_programs()
+    if not together:
+        refuse_one_of_many()
         make_every_core_a_device(config.train.batch_size // config.train.accumulate)
-        result = train(config, resume=options.resume)
-    except USER_ERRORS as error:
-        refuse(parser, error, options.debug)
-    print(report(result))
+    try:
+        if together:
+            connect(*peers, timeout=options.timeout)
+        resume = options.resume or (options.auto_resume and has_checkpoint(config.output))
+        result = train(config, resume=resume)
+    except Interrupted as stop:
+        again = [argument for argument in arguments if argument not in ("--resume", "--auto-resume")]
+        line = f"{stop}; go on with: python train.py {shlex.join([*again, '--resume'])}"
+        _leave(line if is_main() else "", stop.exit_code, together)
+    except KeyboardInterrupt:
+        _leave("stopped by SIGINT outside of training; nothing was saved by that", 130, together)
+    except Exception as error:
+        if not together or options.debug:
+            raise
+        _leave(" ".join(str(error).split()), 2 if isinstance(error, USER_ERRORS) else 1, together)
+    if is_main():
+        print(report(result))
+
+
+def _leave(line: str, code: int, together: bool) -> NoReturn:
+    """Ends the process with one line; one of several at once, without waiting for those that may never come."""
+    if line:
+        sys.stderr.write(f"train.py: {line}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if together:
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def report(result: Result) -> str:

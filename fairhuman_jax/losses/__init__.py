@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from fairhuman_jax.losses.alpha_fair import mpd_weights
 from fairhuman_jax.losses.denoising import denoising_loss, min_snr_weight, x0_weight
 from fairhuman_jax.losses.fairness import (
-    active_tasks,
-    combine,
-    combine_weighted,
+    COMBINERS,
+    Combiner,
     fair_combine,
-    gradient_scale,
-    gram_matrix,
-    mpd_weights,
-    task_weights,
+    make_combiner,
 )
+from fairhuman_jax.losses.gram import active_tasks, combine_weighted, gradient_scale, gram_matrix
 from fairhuman_jax.losses.regions import latent_mask, region_losses
 
 __all__ = [
+    "COMBINERS",
+    "Combiner",
     "active_tasks",
-    "combine",
     "combine_weighted",
     "denoising_loss",
     "fair_combine",
     "gradient_scale",
     "gram_matrix",
     "latent_mask",
+    "make_combiner",
     "min_snr_weight",
     "mpd_weights",
     "region_losses",
-    "task_weights",
     "x0_weight",
 ]

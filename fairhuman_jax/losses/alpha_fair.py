@@ -1,4 +1,4 @@
-"""Damped Newton solver of the alpha-fair weight equation on a diagonally scaled Gram matrix."""
+"""Alpha-fair weights: a damped Newton solver of their equation on a diagonally scaled Gram matrix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from fairhuman_jax.losses.gram import active_tasks, as_float, read_priority
+
 Array = jax.Array
 
 NEWTON_STEPS = 40
@@ -16,6 +18,47 @@ LINE_SEARCH_HALVINGS = 10
 BOUNDARY_FRACTION = 0.95
 CONTINUATION_START = 3.0
 TRACED_ALPHA_STAGES = 5
+
+
+def mpd_weights(gram: Array, alpha: float | Array = 2.0, priority: Array | None = None) -> Array:
+    """Weights of the alpha-fair direction; alpha = 2 is the minimum-potential-delay (MPD) rule.
+
+    Solves (G w)_i = (p_i / w_i)^(1/alpha), w > 0, over the tasks with a nonzero gradient; the others get w_i = 0.
+    alpha = 0 gives w = p (uniform), 1 proportional fairness, large alpha approaches max-min.
+
+    Args: `gram` [K, K] = J J^T, fp32 or fp64 (lower precisions are read as fp32); `alpha` >= 0, scalar, may be traced;
+    `priority` [K] > 0, default ones.
+    Returns w [K], in the dtype of the computation; all zero when `gram` holds an inf or NaN.
+    Limits: w scales as gram^(-alpha/(alpha+1)) and is clipped to the largest finite number of its dtype; a task
+    with G_ii <= 2^-46 max_j G_jj is inactive. Exactly opposed gradients have no finite solution: a ridge of one
+    machine epsilon on the cosine matrix bounds their weights, and they cancel. First derivatives are
+    the implicit ones; higher derivatives are not defined. Checked for alpha in [0.1, 100]; from about 10 on, weights
+    of tasks far from the worst one may be floored near zero.
+    Source: FairHuman (arXiv 2507.02714); FairGrad (arXiv 2402.15638).
+    """
+    gram = as_float(gram)
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"mpd_weights: gram has shape {gram.shape}; expected a square matrix [K, K]")
+    check_alpha(alpha)
+    priority = read_priority(priority, gram.shape[0], gram.dtype)
+    finite = jnp.all(jnp.isfinite(gram))
+    gram = jnp.where(finite, gram, jnp.eye(gram.shape[0], dtype=gram.dtype))
+    active = active_tasks(gram)
+
+    # The common scale c is taken out before any power: w(G) = c^(-alpha/(alpha+1)) w(G / c), for every c.
+    tiny = jnp.finfo(gram.dtype).tiny
+    common = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.diagonal(gram)), tiny))
+    weights = solve_alpha_fair(gram / common, active, alpha, priority)
+    alpha = jnp.asarray(alpha, gram.dtype)
+    largest = jnp.finfo(gram.dtype).max
+    weights = jnp.minimum(weights * common ** (-alpha / (alpha + 1.0)), largest)
+    return jnp.where(active & finite, weights, 0.0)
+
+
+def check_alpha(alpha: float | Array) -> None:
+    """Raise ValueError unless `alpha` is traced or a finite number >= 0."""
+    if not isinstance(alpha, jax.core.Tracer) and not 0.0 <= float(alpha) < float("inf"):
+        raise ValueError(f"alpha is {alpha}; expected a finite number >= 0 (0 uniform, 1 proportional, 2 MPD)")
 
 
 def solve_alpha_fair(gram: Array, active: Array, alpha: float | Array, priority: Array) -> Array:
@@ -54,7 +97,7 @@ def _solve(gram: Array, active: Array, alpha: Array, priority: Array, stages: in
     # One more Newton step from the constant solution with a constant Jacobian: its derivative is the implicit one.
     stopped = jax.lax.stop_gradient
     matrix, share = _scaled_problem(cosines, norm, active, last, priority)
-    step = -_solve_spd(stopped(_hessian(values, matrix, share, last)), _gradient(values, matrix, share, last))
+    step = -solve_spd(stopped(_hessian(values, matrix, share, last)), _gradient(values, matrix, share, last))
     values = _advance(values, stopped(_largest_step(values, step, last)) * step, last)
     scale = priority ** (1.0 / (last + 1.0)) * norm ** (-2.0 * last / (last + 1.0))
     return jnp.where(alpha > 0, scale * values, priority)
@@ -101,7 +144,7 @@ def _newton(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
 
     def body(_: int, point: Array) -> Array:
         gradient = _gradient(point, matrix, share, alpha)
-        step = -_solve_spd(_hessian(point, matrix, share, alpha), gradient)
+        step = -solve_spd(_hessian(point, matrix, share, alpha), gradient)
         slope = jnp.sum(gradient * step)
         before, size = merit(point)
         sizes = _largest_step(point, step, alpha) * halvings
@@ -141,7 +184,7 @@ def _hessian(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
     return matrix + jnp.diag(share * values ** (-1.0 / alpha - 1.0) / alpha)
 
 
-def _solve_spd(matrix: Array, right: Array) -> Array:
+def solve_spd(matrix: Array, right: Array) -> Array:
     """Solve a small symmetric positive definite system by elimination without pivoting.
 
     Plain arithmetic on K x K numbers: fuses into the loop body on every backend, where a library

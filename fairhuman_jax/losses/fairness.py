@@ -1,293 +1,257 @@
-"""Fair combination of per-task gradients: alpha-fair weights from a Gram matrix, and the path that applies them."""
+"""Combiners: one interface for every way to make one gradient out of K, the alpha-fair rules and their baselines."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
-from fairhuman_jax.losses.alpha_fair import solve_alpha_fair
+from fairhuman_jax.losses import gram_rules, loss_rules
+from fairhuman_jax.losses.gram import (
+    active_tasks,
+    as_float,
+    combine_weighted,
+    cosine_matrix,
+    gradient_scale,
+    gram_matrix,
+    gram_product,
+    task_count,
+)
+from fairhuman_jax.losses.rule import Rule, TaskView
 
 Array = jax.Array
 PyTree = Any
+Info = dict[str, Array]
 
-# A gradient whose norm is below fp32 epsilon times the largest one is rounding noise of the shared backward pass.
-ACTIVE_THRESHOLD = 2.0**-46
 RESCALES = ("n_tasks", "none", "match_sum_norm", "unit")
+_RULES: dict[str, Callable[..., Rule]] = {
+    "mpd": gram_rules.mpd,
+    "sum": gram_rules.linear_sum,
+    "single": gram_rules.single,
+    "log_sum": loss_rules.log_sum,
+    "uncertainty": loss_rules.uncertainty,
+    "dwa": loss_rules.dwa,
+    "famo": loss_rules.famo,
+    "rlw": loss_rules.rlw,
+    "mgda": gram_rules.mgda,
+    "pcgrad": gram_rules.pcgrad,
+    "cagrad": gram_rules.cagrad,
+    "imtl_g": gram_rules.imtl_g,
+    "nash_mtl": gram_rules.nash_mtl,
+    "graddrop": gram_rules.graddrop,
+}
+COMBINERS = tuple(_RULES)
 
 
-def mpd_weights(gram: Array, alpha: float | Array = 2.0, priority: Array | None = None) -> Array:
-    """Weights of the alpha-fair direction; alpha = 2 is the minimum-potential-delay (MPD) rule.
+@dataclass(frozen=True)
+class Combiner:
+    """A way to make one gradient out of K, in the manner of an optax transformation: `init`, then `update` each step.
 
-    Solves (G w)_i = (p_i / w_i)^(1/alpha), w > 0, over the tasks with a nonzero gradient; the others get w_i = 0.
-    alpha = 0 gives w = p (uniform), 1 proportional fairness, large alpha approaches max-min.
-
-    Args: `gram` [K, K] = J J^T, fp32 or fp64 (lower precisions are read as fp32); `alpha` >= 0, scalar, may be traced;
-    `priority` [K] > 0, default ones.
-    Returns w [K], in the dtype of the computation; all zero when `gram` holds an inf or NaN.
-    Limits: w scales as gram^(-alpha/(alpha+1)) and is clipped to the largest finite number of its dtype; a task
-    with G_ii <= 2^-46 max_j G_jj is inactive. Exactly opposed gradients have no finite solution: a ridge of one
-    machine epsilon on the cosine matrix bounds their weights, and they cancel. First derivatives are
-    the implicit ones; higher derivatives are not defined. Checked for alpha in [0.1, 100]; from about 10 on, weights
-    of tasks far from the worst one may be floored near zero.
-    Source: FairHuman (arXiv 2507.02714); FairGrad (arXiv 2402.15638).
+    `reads` says what the weights need: "losses" (their values alone, so one backward pass of sum_i c_i L_i will do),
+    "gram" (the Gram matrix of the gradients), or "gradients" (the gradients themselves, entry by entry; see `mix`).
+    `power`: the weights of u g are u^-power times those of g. Made by `make_combiner`.
     """
-    gram = _as_float(gram)
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"mpd_weights: gram has shape {gram.shape}; expected a square matrix [K, K]")
-    _check_alpha(alpha)
-    priority = _read_priority(priority, gram)
-    finite = jnp.all(jnp.isfinite(gram))
-    gram = jnp.where(finite, gram, jnp.eye(gram.shape[0], dtype=gram.dtype))
-    active = active_tasks(gram)
 
-    # The common scale c is taken out before any power: w(G) = c^(-alpha/(alpha+1)) w(G / c), for every c.
-    tiny = jnp.finfo(gram.dtype).tiny
-    common = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.diagonal(gram)), tiny))
-    weights = solve_alpha_fair(gram / common, active, alpha, priority)
-    alpha = jnp.asarray(alpha, gram.dtype)
-    largest = jnp.finfo(gram.dtype).max
-    weights = jnp.minimum(weights * common ** (-alpha / (alpha + 1.0)), largest)
-    return jnp.where(active & finite, weights, 0.0)
+    name: str
+    reads: str
+    power: float | Array
+    rescale: str
+    rule: Rule
 
+    def init(self, count: int) -> PyTree:
+        """State for `count` tasks: a pytree of arrays, () for a rule that keeps none."""
+        return self.rule.init(count)
 
-def active_tasks(gram: Array) -> Array:
-    """Tasks that take part: G_ii > 2^-46 max_j G_jj and G_ii a normal number.
+    def weigh(
+        self, gram: Array | None, state: PyTree, losses: Array | None = None, key: Array | None = None
+    ) -> tuple[Array, PyTree, Info]:
+        """Coefficients of the task gradients from their Gram matrix [K, K] (None where `reads` is "losses").
 
-    `gram` [K, K]; returns bool [K].
-    """
-    diagonal = jnp.diagonal(gram)
-    floor = jnp.finfo(gram.dtype).tiny
-    return diagonal > jnp.maximum(ACTIVE_THRESHOLD * jnp.max(diagonal), floor)
+        `losses` [K] and `key` are needed by the rules that read or draw; on several devices both must be the same on
+        all. Returns (coefficients [K], new state, info). `info`: `coefficients`; `weights` [K] before rescaling;
+        `active` bool [K], the tasks that take part (nonzero gradient; without a Gram matrix nonzero loss); `finite`
+        bool; `residual`, the relative error of the rule's own equation; with a Gram matrix also `gram` and `cosines`.
+        Where the Gram matrix, or a loss that the rule reads, is not finite, the coefficients are 0, `finite` is False
+        and the state is the old one. Raises ValueError when something that the rule needs is None.
+        """
+        view, finite = self._view(gram, losses, key)
+        weights, new_state, residual = self.rule.solve(view, state)
+        weights = jnp.where(finite, weights, 0.0)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+        info = {"weights": weights, "active": view.active & finite, "finite": finite}
+        info["residual"] = jnp.where(finite, residual, 0.0)
+        if gram is not None:
+            info |= {"gram": as_float(gram), "cosines": cosine_matrix(view.gram, view.active)}
+        info["coefficients"] = weights * _rescale_factor(view.gram, weights, self.rescale)
+        return info["coefficients"], state, info
 
+    def undo(self, unit: Array) -> tuple[Array, Array]:
+        """(factor of the weights, factor of the combined gradient) that turn the results for unit * g into those of g.
 
-def gram_matrix(task_grads: PyTree, scale: float | Array = 1.0) -> Array:
-    """Gram matrix of task gradients, G_ij = scale^2 <g_i, g_j>, summed leaf by leaf in fp32.
+        For a Gram matrix of gradients that were multiplied by `unit` > 0 first, as by `gradient_scale`.
+        """
+        still = isinstance(self.power, float) and self.power == 0.0
+        weight_factor = jnp.ones_like(unit) if still else unit**self.power
+        if self.rescale == "unit":
+            return weight_factor, jnp.ones_like(unit)
+        if still or self.rescale == "match_sum_norm":
+            return weight_factor, 1.0 / unit
+        return weight_factor, unit ** (self.power - 1.0)
 
-    Every leaf of `task_grads` is [K, ...]; `scale` multiplies the gradients first, so that the squares of tiny or
-    huge ones stay in range (see `gradient_scale`). Returns fp32 [K, K]. Raises ValueError when the leading axes differ.
-    """
-    count = task_count(task_grads)
+    def mix(self, task_grads: PyTree, key: Array) -> PyTree:
+        """The combined gradient where `reads` is "gradients", rescaled, fp32; linear in the scale of the gradients.
 
-    def leaf_gram(leaf: Array) -> Array:
-        rows = leaf.reshape(count, -1).astype(jnp.float32) * scale
-        return jnp.einsum("ip,jp->ij", rows, rows, precision=jax.lax.Precision.HIGHEST)
+        Leaves [K, ...]. A leaf that is split over devices needs a key of its own on each of them.
+        """
+        if self.rule.mix is None:
+            raise ValueError(
+                f"{self.name} is a linear combination: use combine_weighted with the coefficients of weigh"
+            )
+        factor = float(task_count(task_grads)) if self.rescale == "n_tasks" else 1.0
+        return jax.tree.map(lambda leaf: leaf * factor, self.rule.mix(task_grads, key))
 
-    # Sorted before they are summed: XLA's CPU compiler fuses a plain sum of N terms, whole, into each of its consumers,
-    # which takes minutes to compile; a sort is never fused.
-    return jnp.sum(jnp.sort(jnp.stack([leaf_gram(leaf) for leaf in jax.tree.leaves(task_grads)]), axis=0), axis=0)
+    def update(
+        self,
+        task_grads: PyTree,
+        state: PyTree,
+        *,
+        losses: Array | None = None,
+        key: Array | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
+        loss_scale: float | Array = 1.0,
+    ) -> tuple[PyTree, PyTree, Info]:
+        """Combine K task gradients: (gradient without the task axis, new state, info as `weigh`).
 
-
-def gradient_scale(task_grads: PyTree) -> Array:
-    """Power of two s with 0.5 <= s * max |g| < 1 over all tasks (1 when all are zero or any is not finite).
-
-    Multiplying by s is exact, so scaled gradients lose nothing. Returns an fp32 scalar in [2^-126, 2^125].
-    """
-    peaks = [jnp.max(jnp.abs(leaf.astype(jnp.float32)), initial=0.0) for leaf in jax.tree.leaves(task_grads)]
-    # The last of a sort, not a maximum, for the reason given in `gram_matrix`. A NaN sorts last as well.
-    peak = jnp.sort(jnp.stack(peaks))[-1]
-    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(peak) & (peak > 0), peak, 0.5))
-    return jax.lax.stop_gradient(jnp.ldexp(jnp.float32(1.0), jnp.clip(-exponent, -126, 125)))
-
-
-def task_count(task_grads: PyTree) -> int:
-    """K, the leading axis shared by every leaf. Raises ValueError when leaves disagree or there are none."""
-    leaves = jax.tree.leaves(task_grads)
-    counts: set[Any] = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
-    if len(counts) != 1 or None in counts:
-        found = sorted(map(str, counts)) if counts else "no leaves"
-        raise ValueError(f"task_grads: every leaf needs one leading task axis of the same size; found {found}")
-    return counts.pop()
-
-
-def task_weights(
-    gram: Array,
-    method: str = "mpd",
-    *,
-    alpha: float | Array = 2.0,
-    priority: Array | None = None,
-    rescale: str | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Coefficients of a linear combination of task gradients, from their Gram matrix alone.
-
-    `method`: "mpd" solves for fair weights; "sum" uses `priority` (default ones) as they are; "single" keeps
-    the first task only. `rescale` multiplies the weights: "n_tasks" by K (the reference), "none" by 1 (the paper),
-    "match_sum_norm" so that the combined norm is that of the plain sum, "unit" to norm 1; None = "n_tasks" for
-    "mpd", "none" otherwise.
-    Returns (coefficients [K], info): info has `weights` [K] before rescaling, `gram` [K, K], `cosines` [K, K],
-    `active` bool [K], `finite` bool, `residual` (largest relative error of w_i (G w)_i^alpha = p_i; 0 unless "mpd").
-    With a non-finite Gram matrix all coefficients are 0 and `finite` is False.
-    """
-    gram = _as_float(gram)
-    if method not in _RULES:
-        raise ValueError(f"task_weights: unknown method {method!r}; known: {', '.join(_RULES)}")
-    rescale = rescale or ("n_tasks" if method == "mpd" else "none")
-    if rescale not in RESCALES:
-        raise ValueError(f"task_weights: unknown rescale {rescale!r}; known: {', '.join(RESCALES)}")
-    priority = _read_priority(priority, gram)
-    finite = jnp.all(jnp.isfinite(gram))
-    safe = jnp.where(finite, gram, jnp.eye(gram.shape[0], dtype=gram.dtype))
-    active = active_tasks(safe)
-    weights = jnp.where(finite, _RULES[method](safe, alpha, priority), 0.0)
-    residual = jnp.zeros((), gram.dtype)
-    if method == "mpd":
-        error = weights * jnp.maximum(_product(safe, weights), 0.0) ** alpha / priority - 1.0
-        residual = jnp.max(jnp.where(active & finite, jnp.abs(error), 0.0))
-    norm = jnp.sqrt(jnp.where(active, jnp.diagonal(safe), 1.0))
-    pair = active[:, None] & active[None, :]
-    info = {
-        "weights": weights,
-        "gram": gram,
-        "cosines": jnp.where(pair, safe / (norm[:, None] * norm[None, :]), 0.0),
-        "active": active & finite,
-        "finite": finite,
-        "residual": residual,
-    }
-    return weights * _rescale_factor(safe, weights, rescale), info
-
-
-def combine_weighted(task_grads: PyTree, weights: Array, scale: float | Array = 1.0) -> PyTree:
-    """Linear combination sum_i w_i (scale g_i), in fp32 throughout.
-
-    Leaves [K, ...], `weights` [K]; result leaves [...], fp32.
-    """
-    weights = weights.astype(jnp.float32)
-
-    def leaf_sum(leaf: Array) -> Array:
-        # A product and a sum fuse into one pass over the leaf; a dot would first write the scaled fp32 copy.
-        factors = weights.reshape((-1,) + (1,) * (leaf.ndim - 1))
-        return jnp.sum(factors * (leaf.astype(jnp.float32) * scale), axis=0)
-
-    return jax.tree.map(leaf_sum, task_grads)
-
-
-def combine(
-    task_grads: PyTree,
-    method: str = "mpd",
-    *,
-    alpha: float | Array = 2.0,
-    priority: Array | None = None,
-    rescale: str | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    loss_scale: float | Array = 1.0,
-) -> tuple[PyTree, dict[str, Array]]:
-    """Combine K task gradients into one, by "mpd", "sum" or "single" (see `task_weights`).
-
-    Every leaf of `task_grads` is [K, ...]. With `axis_name` the task gradients are averaged over that mapped axis
-    first (the Gram matrix is not linear in them). `loss_scale` is the factor the losses were multiplied by; it is
-    removed before anything else. Returns (grads without the task axis, info as `task_weights` plus
-    `coefficients` [K], the factors applied to the gradients). If any task gradient is not finite, grads are zero and
-    `info["finite"]` is False: the caller skips the update. The direction is right for any finite fp32 scale;
-    the entries of `gram`, `weights` and `coefficients` leave the fp32 range for gradient norms
-    outside about 1e-19 .. 1e19 and are reported as 0 or the largest number.
-    """
-    if axis_name is not None:
-        task_grads = jax.tree.map(
-            lambda leaf: jax.lax.pmean(leaf.astype(jnp.float32), axis_name).astype(leaf.dtype), task_grads
+        Every leaf of `task_grads` is [K, ...]; `losses` [K] are the true ones. With `axis_name` gradients and losses
+        are averaged over that mapped axis first (the Gram matrix is not linear in the gradients). `loss_scale` is the
+        factor the losses were multiplied by before they were differentiated; it is removed before anything else. If any
+        task gradient is not finite, the result is zero, the state is the old one and `info["finite"]` is False: the
+        caller skips the update. The direction is right for any finite fp32 scale; the entries of `gram`, `weights`
+        and `coefficients` leave the fp32 range for gradient norms outside about 1e-19 .. 1e19 and are reported as 0
+        or the largest number. `coefficients` are the factors applied to `task_grads` as given.
+        """
+        if axis_name is not None:
+            task_grads = jax.tree.map(
+                lambda leaf: jax.lax.pmean(leaf.astype(jnp.float32), axis_name).astype(leaf.dtype), task_grads
+            )
+            losses = None if losses is None else jax.lax.pmean(losses, axis_name)
+        scale = gradient_scale(task_grads)
+        applied, state, info = self.weigh(gram_matrix(task_grads, scale), state, losses, key)
+        # What is solved is h = unit * g, g the gradient of the unscaled loss; both results go back to g by one power.
+        unit = scale * loss_scale
+        weight_factor, output_factor = self.undo(unit)
+        if self.reads == "gradients" and key is not None:
+            total = self.mix(jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, task_grads), key)
+        else:
+            total = combine_weighted(task_grads, applied, scale)
+        grads = jax.tree.map(
+            lambda one, leaf: jnp.where(info["finite"], one * output_factor, 0.0).astype(leaf.dtype), total, task_grads
         )
-    scale = gradient_scale(task_grads)
-    applied, info = task_weights(
-        gram_matrix(task_grads, scale), method, alpha=alpha, priority=priority, rescale=rescale
-    )
-    # What is solved is h = unit * g, g the gradient of the unscaled loss; both results go back to g by one power.
-    unit = scale * loss_scale
-    weight_unit, output_unit = _undo_unit(unit, method, alpha, rescale)
-    grads = jax.tree.map(
-        lambda total, leaf: jnp.where(info["finite"], total * output_unit, 0.0).astype(leaf.dtype),
-        combine_weighted(task_grads, applied, scale),
-        task_grads,
-    )
-    largest = jnp.finfo(jnp.float32).max
-    info["gram"] = jnp.clip(info["gram"] / unit / unit, -largest, largest)
-    info["weights"] = jnp.minimum(info["weights"] * weight_unit, largest)
-    info["coefficients"] = jnp.minimum(applied * output_unit * scale, largest)
-    return grads, info
+        largest = jnp.finfo(jnp.float32).max
+        info["gram"] = jnp.clip(info["gram"] / unit / unit, -largest, largest)
+        info["weights"] = jnp.clip(info["weights"] * weight_factor, -largest, largest)
+        info["coefficients"] = jnp.clip(applied * output_factor * scale, -largest, largest)
+        return grads, state, info
+
+    def _view(self, gram: Array | None, losses: Array | None, key: Array | None) -> tuple[TaskView, Array]:
+        """What the rule may read, with anything not finite replaced, and whether it was finite."""
+        if gram is None and (self.reads != "losses" or losses is None):
+            wanted = "the losses" if self.reads == "losses" else "the Gram matrix of the task gradients"
+            raise ValueError(f"{self.name} needs {wanted}, but got None")
+        if self.rule.needs_losses and losses is None:
+            raise ValueError(f"{self.name} reads the values of the losses: pass losses=[K]")
+        if self.rule.needs_key and key is None:
+            raise ValueError(f"{self.name} draws random numbers: pass key=")
+        finite, active = jnp.asarray(True), None
+        if gram is not None:
+            gram = as_float(gram)
+            finite &= jnp.all(jnp.isfinite(gram))
+            gram = jnp.where(finite, gram, jnp.eye(gram.shape[0], dtype=gram.dtype))
+            active = active_tasks(gram)
+        if losses is not None:
+            losses = as_float(losses)
+            if losses.ndim != 1 or (gram is not None and losses.shape[0] != gram.shape[0]):
+                expected = "[K]" if gram is None else f"({gram.shape[0]},)"
+                raise ValueError(f"losses has shape {losses.shape}; expected {expected}, one entry a task")
+            if self.rule.needs_losses:
+                finite &= jnp.all(jnp.isfinite(losses))
+                losses = jnp.where(finite, losses, 1.0)
+            active = losses != 0 if active is None else active
+        return TaskView(gram, active, losses, key), finite
+
+
+def make_combiner(
+    method: str = "mpd",
+    *,
+    alpha: float | Array = 2.0,
+    priority: Any = None,
+    rescale: str | None = None,
+    **options: Any,
+) -> Combiner:
+    """The combiner of a name in `COMBINERS`.
+
+    Args: `alpha` >= 0, of "mpd" alone (2 is minimum potential delay, 1 proportional, 0 uniform), ignored by the others;
+    `priority` [K] > 0, for mpd and nash_mtl (in their equation), sum, log_sum and pcgrad (as factors).
+    `rescale` multiplies the weights: "n_tasks" by K, "none" by 1, "match_sum_norm" so that the combined norm is that of
+    the plain sum, "unit" to norm 1; None is what the reference does: n_tasks for mpd, mgda, cagrad and graddrop, none
+    for the others. The last two need the Gram matrix, whatever the method, and do not go with graddrop.
+    `options` of single: task=0; uncertainty: learning_rate=1e-3; dwa: window=25, temperature=2; famo:
+    learning_rate=0.025, weight_decay=1e-5, min_losses=None; mgda: normalization="none"; cagrad: c=0.4.
+    Raises ValueError for an unknown name, option or value.
+    Source: FairHuman, weighting_strategy/weight_methods.py, and the paper of each method.
+    """
+    if method not in _RULES:
+        raise ValueError(f"make_combiner: unknown method {method!r}; known: {', '.join(_RULES)}")
+    known = tuple(inspect.signature(_RULES[method]).parameters)
+    if "alpha" in known:
+        options["alpha"] = alpha
+    if priority is not None:
+        if "priority" not in known:
+            takers = [name for name, rule in _RULES.items() if "priority" in inspect.signature(rule).parameters]
+            raise ValueError(f"make_combiner: {method} takes no priority; {', '.join(takers)} do")
+        options["priority"] = priority
+    for option in options:
+        if option not in known:
+            raise ValueError(f"make_combiner: {method} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+    rule = _RULES[method](**options)
+    rescale = rescale or rule.rescale
+    if rescale not in RESCALES:
+        raise ValueError(f"make_combiner: unknown rescale {rescale!r}; known: {', '.join(RESCALES)}")
+    reads = rule.reads
+    if rescale in ("match_sum_norm", "unit"):
+        if reads == "gradients":
+            raise ValueError(f"make_combiner: rescale={rescale!r} does not go with {method}; use n_tasks or none")
+        reads = "gram"
+    return Combiner(method, reads, rule.power, rescale, rule)
 
 
 def fair_combine(
     task_grads: PyTree,
     alpha: float | Array = 2.0,
-    priority: Array | None = None,
+    priority: Any = None,
     rescale: str = "n_tasks",
     axis_name: str | tuple[str, ...] | None = None,
     loss_scale: float | Array = 1.0,
-) -> tuple[PyTree, dict[str, Array]]:
+) -> tuple[PyTree, Info]:
     """Alpha-fair (alpha = 2: MPD) combination of K task gradients, d = c sum_i w_i g_i with w from `mpd_weights`.
 
-    `combine` with method "mpd": same arguments, same (grads, info).
+    Arguments and (grads, info) are those of `make_combiner("mpd", ...).update`, which needs no state here.
     """
-    return combine(
-        task_grads,
-        "mpd",
-        alpha=alpha,
-        priority=priority,
-        rescale=rescale,
-        axis_name=axis_name,
-        loss_scale=loss_scale,
-    )
+    combiner = make_combiner("mpd", alpha=alpha, priority=priority, rescale=rescale)
+    grads, _, info = combiner.update(task_grads, (), axis_name=axis_name, loss_scale=loss_scale)
+    return grads, info
 
 
-def _sum_weights(gram: Array, alpha: float | Array, priority: Array) -> Array:
-    return priority
-
-
-def _single_weights(gram: Array, alpha: float | Array, priority: Array) -> Array:
-    return jnp.zeros_like(priority).at[0].set(1.0)
-
-
-_RULES: dict[str, Callable[[Array, float | Array, Array], Array]] = {
-    "mpd": mpd_weights,
-    "sum": _sum_weights,
-    "single": _single_weights,
-}
-
-
-def _rescale_factor(gram: Array, weights: Array, rescale: str) -> Array | float:
+def _rescale_factor(gram: Array | None, weights: Array, rescale: str) -> Array | float:
     """The scalar that `rescale` multiplies the weights by; 1 where the combined gradient is zero."""
     if rescale == "none":
         return 1.0
-    if rescale == "n_tasks":
-        return float(gram.shape[0])
-    squared = jnp.sum(weights * _product(gram, weights))
+    if rescale == "n_tasks" or gram is None:
+        return float(weights.shape[0])
+    squared = jnp.sum(weights * gram_product(gram, weights))
     wanted = 1.0 if rescale == "unit" else jnp.maximum(jnp.sum(gram), 0.0)
     return jnp.where(squared > 0, jnp.sqrt(wanted / jnp.where(squared > 0, squared, 1.0)), 1.0)
-
-
-def _undo_unit(unit: Array, method: str, alpha: float | Array, rescale: str | None) -> tuple[Array, Array]:
-    """Factors that turn weights and combined gradient of unit * g into those of g."""
-    fair = method == "mpd"
-    one = jnp.ones_like(unit)
-    weight_unit = unit ** (2.0 * alpha / (alpha + 1.0)) if fair else one
-    if rescale == "unit":
-        return weight_unit, one
-    if fair and rescale != "match_sum_norm":
-        return weight_unit, unit ** ((alpha - 1.0) / (alpha + 1.0))
-    return weight_unit, 1.0 / unit
-
-
-def _product(gram: Array, weights: Array) -> Array:
-    """G w by elementwise products: a dot may run in reduced precision on accelerators."""
-    return jnp.sum(gram * weights, axis=-1)
-
-
-def _as_float(gram: Array) -> Array:
-    gram = jnp.asarray(gram)
-    return gram.astype(jnp.promote_types(gram.dtype, jnp.float32))
-
-
-def _read_priority(priority: Array | None, gram: Array) -> Array:
-    count = gram.shape[0]
-    if priority is None:
-        return jnp.ones(count, gram.dtype)
-    priority = jnp.asarray(priority, gram.dtype)
-    if priority.shape != (count,):
-        raise ValueError(f"priority has shape {priority.shape}; expected ({count},), one entry a task")
-    return priority
-
-
-def _check_alpha(alpha: float | Array) -> None:
-    if not isinstance(alpha, jax.core.Tracer) and not 0.0 <= float(alpha) < float("inf"):
-        raise ValueError(f"alpha is {alpha}; expected a finite number >= 0 (0 uniform, 1 proportional, 2 MPD)")

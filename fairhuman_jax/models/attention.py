@@ -31,13 +31,11 @@ def attention(
     a time, for CPUs, which run batched products at a fifth of the rate of plain ones. `cudnn` is NVIDIA's fused kernel:
     bfloat16 or float16, head_dim a multiple of 8 and at most 128 (256 from Hopper on). `splash` is the fused TPU
     kernel, used for self-attention of at least 1024 tokens and no mask, `xla` for all else; off a TPU it is
-    interpreted, slowly. `auto` takes, when the call is traced, what suits the default platform and the shapes.
+    interpreted, slowly. `auto` takes, when the call is traced, what suits the platform (`target`) and the shapes.
     Errors: an unknown implementation is refused by name.
     """
     if implementation == "auto":
-        device = jax.local_devices()[0]
-        capability = str(getattr(device, "compute_capability", ""))
-        implementation = fitting(query, key, causal, device.platform, capability, unsplit())
+        implementation = fitting(query, key, causal, *target(), unsplit())
     if implementation == "xla" or (implementation == "splash" and not _splash_fits(query, key, causal)):
         return _xla(query, key, value, causal=causal)
     if implementation == "blocked":
@@ -62,6 +60,19 @@ def fitting(query: jax.Array, key: jax.Array, causal: bool, platform: str, capab
     if platform == "cpu":
         return "blocked" if whole and min(query.shape[1], key.shape[1]) >= BLOCKED_LENGTH else "xla"
     return "splash" if platform == "tpu" and whole and _splash_fits(query, key, causal) else "xla"
+
+
+def target() -> tuple[str, str]:
+    """(platform, NVIDIA compute capability or "") that the program being traced is for.
+
+    Inside a `shard_map` that is its mesh's, which need not be at hand when one compiles ahead of time; else the
+    default device's.
+    """
+    device = jax.local_devices()[0]
+    meant = jax.sharding.get_abstract_mesh().abstract_device
+    if meant is not None and meant.platform != device.platform:
+        return meant.platform, ""
+    return device.platform, str(getattr(device, "compute_capability", ""))
 
 
 def unsplit() -> bool:
@@ -126,7 +137,7 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         block_sizes=splash_attention.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
-        interpret=jax.default_backend() != "tpu",
+        interpret=target()[0] != "tpu",
     )
     batched = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     out = cast(jax.Array, batched(*padded, splash_attention.SegmentIds(segment, segment) if rows else None))

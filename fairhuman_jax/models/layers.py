@@ -32,8 +32,7 @@ class Linear(nn.Module):
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "down"):
-            down = self.get_variable("lora", "down").astype(self.dtype)
-            up = self.get_variable("lora", "up").astype(self.dtype)
+            down, up = (_lora(self, name).astype(self.dtype) for name in ("down", "up"))
             y = y + (x @ down) @ up
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
@@ -62,8 +61,7 @@ class Conv(nn.Module):
         x = x.astype(self.dtype)
         y = self._convolve(x, kernel)
         if self.has_variable("lora", "down"):
-            up = self.get_variable("lora", "up").astype(self.dtype)
-            y = y + self._convolve(x, self.get_variable("lora", "down")) @ up
+            y = y + self._convolve(x, _lora(self, "down")) @ _lora(self, "up").astype(self.dtype)
         return y + bias.astype(self.dtype)
 
     def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -77,6 +75,11 @@ class Conv(nn.Module):
             padding=padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+
+
+def _lora(module: nn.Module, name: str) -> jax.Array:
+    """A factor of the module's low-rank update, unboxed as `param` unboxes parameters."""
+    return nn.meta.unbox(module.get_variable("lora", name))
 
 
 class GroupNorm(nn.Module):

@@ -40,9 +40,13 @@ def init_lora(key: jax.Array, params: PyTree, rank: int, targets: Sequence[str] 
 
 
 def scale_lora(lora: PyTree, weight: float | jax.Array) -> PyTree:
-    """The same update at `weight` times its strength (alpha / rank goes here): only `up` is multiplied."""
+    """The same update at `weight` times its strength (alpha / rank goes here): only `up` is multiplied.
+
+    Leaves may be boxes around an array (flax's `AxisMetadata`).
+    """
     flat: dict[tuple[str, ...], Any] = flatten_dict(lora)
-    return unflatten_dict({path: leaf * weight if path[-1] == "up" else leaf for path, leaf in flat.items()})
+    scaled = {path: jax.tree.map(lambda up: up * weight, leaf) for path, leaf in flat.items() if path[-1] == "up"}
+    return unflatten_dict(flat | scaled)
 
 
 def concatenate_lora(loras: Sequence[PyTree]) -> PyTree:

@@ -1,12 +1,13 @@
-"""FairHuman: global, face and hand objectives over one frozen text-to-image model; LoRA is what trains.
+"""FairHuman: global, face and hand objectives over one frozen text-to-image model.
 
-Source: FairHuman (ICCV 2025, arXiv 2507.02714), examples/text_to_image/train_text_to_image_lora_sdxl_mpd_fair.py.
+What trains is a LoRA, a ControlNet or a T2I-Adapter (systems/trainables.py).
+Source: FairHuman (ICCV 2025, arXiv 2507.02714), the three trainers *_sdxl_mpd_fair.py of its examples.
 Deviations from the reference are listed in docs/porting_notes.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,104 +15,168 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.diffusion import snr
-from fairhuman_jax.losses import latent_mask, min_snr_weight, region_losses
-from fairhuman_jax.models import init_lora, scale_lora
-from fairhuman_jax.systems.contract import Batch
+from fairhuman_jax.diffusion import NoiseSchedule, snr
+from fairhuman_jax.losses import latent_mask, min_snr_weight, region_losses, x0_weight
+from fairhuman_jax.systems.contract import Batch, sample_keys
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
 from fairhuman_jax.systems.pipelines import open_pipeline
-from fairhuman_jax.weights import save_lora
+from fairhuman_jax.systems.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable, TrainedPart
+from fairhuman_jax.weights import Pipeline, load_model
 
 PyTree = Any
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+DROPOUT_STREAM = 2**31 - 1  # folded into the step's key; no batch has so many positions
 
 
 @dataclass(frozen=True)
 class FairHumanConfig:
-    """LoRA fine-tuning with three objectives.
+    """Three objectives on what a `trainable` adds to a frozen base.
 
-    base: a diffusers folder, or "people" for the shipped model; rank and alpha: of the LoRA (strength alpha / rank,
-    alpha None = rank); targets: the linear layers it covers; local_scale: factor on the face and hand losses (25 is
-    the reference's, which under the fair rule lowers their share); normalize: "pixels" divides local losses by all
-    latents (reference), "area" by those of the region; mask_method: latent masks by "stride" (reference) or "area";
-    snr_gamma: min-SNR weighting of all three losses; remat: none, full, attention or offload; dtype: of computation.
+    base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one; vae: another
+    autoencoder for it. local_scale: factor on the face and hand losses (under the fair rule a larger one lowers their
+    share); normalize: "pixels" divides local losses by all latents, "area" by those of the region; mask_method: latent
+    masks by "area", from a covered share of mask_threshold on, or by "stride"; snr_gamma: min-SNR weighting of all
+    three losses; x0_weight: adds the error of the x0 estimate, as a weight of at most this (inf: no bound);
+    timestep_mode: uniform, or cubic, which favours noise; control_dropout: probability of a black condition image, by
+    sample and step. compat "reference": the losses of the published trainer of that trainable, with weights on the
+    global loss alone for LoRA and one coin a batch for control dropout; its combination is FairConfig's matter (mpd for
+    LoRA, sum for the others). remat: none, full, attention or offload; dtype: of frozen weights and computation.
+    Errors: two timestep weights at once; options that `compat` fixes otherwise; control dropout without control.
     """
 
     base: str = "people"
-    rank: int = 16
-    alpha: float | None = None
-    targets: tuple[str, ...] = TARGETS
+    vae: str | None = None
+    trainable: LoraTrainable | ControlNetTrainable | AdapterTrainable = field(default_factory=LoraTrainable)
     local_scale: float = 1.0
     normalize: str = "pixels"
     mask_method: str = "area"
+    mask_threshold: float = 0.25
     snr_gamma: float | None = None
+    x0_weight: float | None = None
     noise_offset: float = 0.0
     timestep_mode: str = "uniform"
+    control_dropout: float = 0.0
+    compat: str | None = None
     remat: str = "none"
+    attention: str = "auto"
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        if self.compat not in (None, "reference"):
+            raise ValueError(f"compat is {self.compat!r}; known: None, 'reference'")
+        if self.compat:
+            defaults = {option.name: option.default for option in fields(self)}
+            for name, fixed in self.trainable.REFERENCE.items():
+                if getattr(self, name) not in (fixed, defaults[name]):
+                    raise ValueError(f"compat='reference' fixes {name} = {fixed!r}, but it is {getattr(self, name)!r}")
+        if self.snr_gamma is not None and self.x0_weight is not None:
+            raise ValueError("snr_gamma and x0_weight are two answers to one question: set one of them")
+        if not 0.0 <= self.control_dropout <= 1.0:
+            raise ValueError(f"control_dropout is {self.control_dropout}; it is a probability")
+        if self.control_dropout and not self.trainable.CONDITIONED:
+            raise ValueError("control_dropout is for a ControlNet or an adapter; a LoRA reads no condition image")
+
     def build(self) -> FairHuman:
-        """Reads the base model. Errors: a base that is not there or cannot be read."""
-        pipeline = open_pipeline(self.base, dtype=self.dtype, remat=self.remat)
-        return FairHuman(pipeline=pipeline, config=self)
+        """Reads the base model, and the trainable's start. Errors: files that are not there or cannot be read."""
+        runtime: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention}
+        pipeline = open_pipeline(self.base, **runtime)
+        if self.vae is not None:
+            vae, params = load_model(self.vae, **runtime)
+            pipeline = replace(pipeline, vae=vae, params=pipeline.params | {"vae": params})
+        return self.attach(pipeline)
+
+    def attach(self, pipeline: Pipeline, kind: type[FairHuman] | None = None) -> FairHuman:
+        """The system around an open pipeline, whose parameters may be shapes; `kind` is `FairHuman` or a subclass."""
+        part = self.trainable.build(pipeline)
+        config = replace(self, **self.trainable.REFERENCE) if self.compat else self
+        return (kind or FairHuman)(pipeline=pipeline, config=config, part=part, **part.networks())
 
 
 @dataclass(frozen=True, eq=False)
 class FairHuman(LatentDiffusion):
-    """Trainable: {"unet": LoRA}. Frozen: the base's parameters by network. Objectives: global, face, hand."""
+    """Trainable: LoRA trees by network, {"controlnet"} or {"adapter"}. Frozen: the base's parameters by network.
+
+    Objectives: global, face, hand. Made by `FairHumanConfig.attach`.
+    """
 
     config: FairHumanConfig
+    part: TrainedPart
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """A LoRA that changes nothing yet (up = 0), and the frozen base."""
+        """(what the trainable starts from, float32, and the frozen base)."""
         params = self.pipeline.params
-        return {"unet": init_lora(key, params["unet"], self.config.rank, self.config.targets)}, params
-
-    def lora(self, trainable: PyTree) -> PyTree:
-        """The trainables at their strength alpha / rank, as the networks take them."""
-        config = self.config
-        strength = 1.0 if config.alpha is None else config.alpha / config.rank
-        return {name: scale_lora(tree, strength) for name, tree in trainable.items()}
+        return self.part.init(params, key), params
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
-        """{"output", "target": [B, h, w, c], "weight": [B]}; weight is min-SNR's, or one."""
+        """{"output", "target": [B, h, w, c], "weight": [B]}; weight is min-SNR's, that of the x0 error, or one.
+
+        Errors: a ControlNet or adapter without `conditioning_image` in the batch.
+        """
         config = self.config
+        added, lora = self.part.applied(trainable)
         prediction, timesteps = self.noisy_prediction(
-            frozen,
+            {**frozen, **added},
             batch,
             key,
-            self.lora(trainable),
+            lora,
             timestep_mode=config.timestep_mode,
             noise_offset=config.noise_offset,
+            conditions=self._conditions(batch, key),
         )
-        weight = jnp.ones(timesteps.shape, jnp.float32)
-        if config.snr_gamma is not None:
-            schedule = self.pipeline.schedule
-            weight = min_snr_weight(snr(schedule, timesteps), config.snr_gamma, schedule.prediction_type)
-        return prediction | {"weight": weight}
+        return prediction | {"weight": self._weight(timesteps)}
 
     def objectives(self, prediction: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Losses global, face, hand (losses.region_losses); a batch without masks has empty regions."""
         config = self.config
-        masks = {
-            name: latent_mask(batch[name], self.pipeline.vae.downscale, config.mask_method) if name in batch else None
+        factor = self.pipeline.vae.downscale
+        face, hand = (
+            latent_mask(batch[name], factor, config.mask_method, config.mask_threshold) if name in batch else None
             for name in ("face_mask", "hand_mask")
-        }
-        return region_losses(
-            prediction["output"],
-            prediction["target"],
-            masks["face_mask"],
-            masks["hand_mask"],
-            weight=prediction["weight"],
-            local_scale=config.local_scale,
-            normalize=config.normalize,
         )
+        options: dict[str, Any] = {"local_scale": config.local_scale, "normalize": config.normalize}
+        if config.compat and config.trainable.WEIGHT_ON_GLOBAL_ONLY:
+            options = {"compat": config.compat}
+        weight = prediction["weight"]
+        return region_losses(prediction["output"], prediction["target"], face, hand, weight=weight, **options)
 
     def sample(self, trainable: PyTree, frozen: PyTree, request: SampleRequest, key: jax.Array) -> jax.Array:
-        """Images [N, H, W, 3] in [-1, 1] of the base with its LoRA."""
-        return self.sample_images(frozen, request, key, self.lora(trainable))
+        """Images [N, H, W, 3] in [-1, 1] of the base with what was trained."""
+        added, lora = self.part.applied(trainable)
+        return self.sample_images({**frozen, **added}, request, key, lora)
 
     def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
-        """Writes `pytorch_lora_weights.safetensors` in diffusers' naming and returns its path."""
-        config = self.config
-        return save_lora(trainable, folder, rank=config.rank, alpha=config.alpha)
+        """Writes a LoRA file, or the folder of a ControlNet or T2I-Adapter, as diffusers reads them."""
+        return self.part.export(trainable, folder)
+
+    def _conditions(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, ...]:
+        """The condition images [B, H, W, 3] in [0, 1]; some black, except where losses are held out."""
+        rate = self.config.control_dropout
+        conditions = self.condition_images(batch)
+        if not rate or "times" in batch:
+            return conditions
+        key = jax.random.fold_in(key, DROPOUT_STREAM)
+        if self.config.compat:
+            black = jax.random.bernoulli(key, rate)
+        else:
+            black = jax.vmap(lambda k: jax.random.bernoulli(k, rate))(sample_keys(key, batch))
+        return tuple(jnp.where(black.reshape(-1, 1, 1, 1), 0.0, condition) for condition in conditions)
+
+    def _weight(self, timesteps: jax.Array) -> jax.Array:
+        """The losses' weight at each timestep, [B]."""
+        config, schedule = self.config, self.pipeline.schedule
+        if config.snr_gamma is not None:
+            return min_snr_weight(snr(schedule, timesteps), config.snr_gamma, schedule.prediction_type)
+        if config.x0_weight is not None:
+            return _with_x0_error(schedule, timesteps, config.x0_weight)
+        return jnp.ones(timesteps.shape, jnp.float32)
+
+
+def _with_x0_error(schedule: NoiseSchedule, timesteps: jax.Array, maximum: float) -> jax.Array:
+    """Squared error of a prediction plus that of its x0 estimate, as a multiple of the first, at most `maximum`.
+
+    1 / a for epsilon; 2 - a for v, whose x0 error is sqrt(1 - a) times its own; 2 for x0 itself.
+    """
+    alphas = jnp.asarray(schedule.alphas_cumprod)[timesteps]
+    if schedule.prediction_type == "epsilon":
+        return x0_weight(alphas, maximum)
+    own = jnp.zeros_like(alphas) if schedule.prediction_type == "sample" else alphas
+    return jnp.minimum(2.0 - own, maximum)

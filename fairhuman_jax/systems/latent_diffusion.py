@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -79,6 +80,32 @@ class LatentDiffusion:
             pooled.append(output["pooled"].reshape(tokens.shape[0], -1, output["pooled"].shape[-1])[:, 0])
         return jnp.concatenate(states, -1), pooled[-1]
 
+    def text_states(self, params: Params, batch: Batch, lora: Params | None = None) -> tuple[jax.Array, jax.Array]:
+        """`encode_text` of a batch, or its cached `text_hidden` [B, L, D] and `text_pooled` [B, P].
+
+        Errors: cached text where a text encoder's LoRA trains, which it would not reach.
+        """
+        if "text_hidden" not in batch:
+            return self.encode_text(params, batch, lora)
+        if trained := sorted(set(lora or ()) & set(self.pipeline.text_encoder_names)):
+            raise ValueError(f"a LoRA on {trained[0]} needs input_ids in the batch, not cached text_hidden")
+        return batch["text_hidden"], batch["text_pooled"]
+
+    def condition_images(self, batch: Batch | dict[str, np.ndarray]) -> tuple[jax.Array, ...]:
+        """A batch's `conditioning_image`, uint8 [B, H, W, 3], in [0, 1]: one for each ControlNet and T2I-Adapter.
+
+        Errors: a batch without it where a network reads one.
+        """
+        networks = (*self.controlnets, *self.adapters)
+        if not networks:
+            return ()
+        if "conditioning_image" not in batch:
+            raise ValueError(
+                f"a {type(networks[0]).__name__} reads conditioning_image, which the batches lack: choose data with "
+                "condition images (data.conditioning for the people world, conditioning_image in metadata.jsonl)"
+            )
+        return (jnp.asarray(batch["conditioning_image"]).astype(jnp.float32) / 255.0,) * len(networks)
+
     def encode_image(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 images [B, H, W, 3] -> mean and log-variance of the latent posterior [B, h, w, c], unscaled."""
         return self._encode(params, image.astype(jnp.float32) / 127.5 - 1.0)
@@ -153,11 +180,13 @@ class LatentDiffusion:
         *,
         timestep_mode: str = "uniform",
         noise_offset: float = 0.0,
+        conditions: Sequence[jax.Array] = (),
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """({"output", "target"} [B, h, w, c], timesteps [B]) for one draw of time and noise a sample.
 
         `batch["times"]` in [0, 1), where present, replaces the drawn times (held-out losses at fixed times).
-        `noise_offset` adds that much of one normal number per sample and channel to the noise.
+        `noise_offset` adds that much of one normal number per sample and channel to the noise. `conditions`: one
+        picture [B, H, W, 3] in [0, 1] a ControlNet, then one a T2I-Adapter, all at full strength.
         """
         schedule = self.pipeline.schedule
         keys = jax.vmap(lambda k: jax.random.split(k, 4))(sample_keys(key, batch))
@@ -171,9 +200,16 @@ class LatentDiffusion:
             timesteps = jnp.floor(batch["times"] * steps).astype(jnp.int32)
         else:
             timesteps = jax.vmap(lambda k: sample_timesteps(k, (), steps, timestep_mode))(keys[:, 3])
-        text = Conditioning(*self.encode_text(params, batch, lora), time_ids=batch.get("time_ids"))
+        nets, ones = len(self.controlnets), jnp.ones(timesteps.shape, jnp.float32)
+        given = Conditioning(
+            *self.text_states(params, batch, lora),
+            time_ids=batch.get("time_ids"),
+            conditions=tuple(conditions[:nets]),
+            scales=(ones,) * nets,
+            features=self.adapter_features(params, conditions[nets:], (jnp.float32(1.0),) * len(self.adapters)),
+        )
         noisy = add_noise(schedule, clean, noise, timesteps)
-        output = self.denoise(params, noisy, timesteps, text, lora)
+        output = self.denoise(params, noisy, timesteps, given, lora)
         return {"output": output, "target": target(schedule, clean, noise, timesteps)}, timesteps
 
     def sample_images(
@@ -183,15 +219,31 @@ class LatentDiffusion:
         return draw(self, params, request, key, lora)
 
     def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[SampleRequest, list[str]]:
-        """A request for the configured prompts at the size of the training images."""
-        seeds = [config.seed + i for i in range(len(config.prompts))]
+        """A request for the configured prompts at the size of the training images.
+
+        ControlNets and T2I-Adapters are given the first held-out condition images, again from the start where prompts
+        are more.
+        """
+        count = len(config.prompts)
+        seeds = [config.seed + i for i in range(count)]
         if "image" in held_out:
             height, width = held_out["image"].shape[1:3]
         else:
             height, width = (side * self.pipeline.vae.downscale for side in held_out["latent_mean"].shape[1:3])
         size = (height, width)
-        request = make_request(self, config.prompts, seeds, steps=config.steps, guidance=config.guidance, size=size)
-        return request, list(config.prompts)
+        conditions = self.condition_images(held_out)
+        request = make_request(
+            self,
+            config.prompts,
+            seeds,
+            steps=config.steps,
+            guidance=config.guidance,
+            size=size,
+            conditions=[np.zeros((*size, 3), np.uint8)] * len(conditions),
+            scales=[1.0] * len(conditions),
+        )
+        pictures = tuple(condition[jnp.arange(count) % len(condition)] for condition in conditions)
+        return dataclasses.replace(request, conditions=pictures), list(config.prompts)
 
     @property
     def _latent_channels(self) -> int:

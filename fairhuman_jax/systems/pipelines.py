@@ -9,22 +9,24 @@ from typing import Any
 from fairhuman_jax.models import ControlNet, T2IAdapter
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, numbered
 from fairhuman_jax.weights import Pipeline, load_model, load_pipeline
+from fairhuman_jax.weights.shapes import pipeline_shapes
 
 PyTree = Any
 SHIPPED = {"people": "people-base"}
 
 
-def open_pipeline(base: str, *, dtype: str = "float32", **options: Any) -> Pipeline:
+def open_pipeline(base: str, *, dtype: str = "float32", shapes_only: bool = False, **options: Any) -> Pipeline:
     """The pipeline that `base` names: one that ships with the package ("people"), or what `load_pipeline` reads.
 
     `dtype` is that of frozen parameters and computation; `options` go to `load_pipeline` (variant, revision,
-    tokenizer, and remat, attention, scan for the networks).
+    tokenizer, and remat, attention, scan for the networks). With `shapes_only` parameters are shapes, tokenizers are
+    left out, and the published models are known without their files (weights.shapes).
     """
+    read = pipeline_shapes if shapes_only else load_pipeline
     if base in SHIPPED:
-        shipped = resources.files("fairhuman_jax") / "assets" / SHIPPED[base]
-        return load_pipeline(str(shipped), dtype=dtype, **options)
+        return read(str(resources.files("fairhuman_jax") / "assets" / SHIPPED[base]), dtype=dtype, **options)
     try:
-        return load_pipeline(base, dtype=dtype, **options)
+        return read(base, dtype=dtype, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"base model {error}; shipped with the package: {', '.join(SHIPPED)}") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._begun = self.latest_step
 
     @property
     def latest_step(self) -> int | None:
@@ -35,13 +38,21 @@ class Checkpointer:
         return step
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
-        """Begins a save; the arrays are copied before this returns, the files are written in the background."""
+        """Begins a save; the arrays are copied before this returns, the files are written in the background.
+
+        A step that is saved already, or being saved, is left alone. Errors: OSError where this save cannot begin or the
+        one before it could not be finished.
+        """
+        if step == self._begun:
+            return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_storable(state)),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config),
         )
-        self._manager.save(step, args=args, force=True)
+        with self._reported():
+            self._manager.save(step, args=args, force=True)
+        self._begun = step
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest checkpoint as (state, data position), placed like `state`, which gives the structure.
@@ -63,10 +74,33 @@ class Checkpointer:
         key = jax.random.wrap_key_data(stored["key"], impl=jax.random.key_impl(state.key))
         return TrainState(**(stored | {"key": key})), restored["data"]
 
+    def wait(self) -> None:
+        """Returns once the save in flight is complete. Errors: OSError where it could not be finished."""
+        with self._reported():
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits for the save in flight."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the save in flight; errors as `wait`."""
+        try:
+            self.wait()
+        finally:
+            with self._reported():
+                self._manager.close()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Whatever goes wrong with files, in whichever library, as one line. What was complete before stays so."""
+        try:
+            yield
+        except Exception as error:
+            done = self.latest_step
+            kept = "there is no earlier one" if done is None else f"that of step {done} is complete"
+            raise OSError(f"{self.folder}: a checkpoint could not be written ({error}); {kept}") from error
+
+
+def has_checkpoint(output: str) -> bool:
+    """Whether a run's folder holds a complete checkpoint."""
+    return any(path.name.isdigit() for path in (Path(output) / "checkpoints").glob("*"))
 
 
 def _storable(state: TrainState) -> dict[str, Any]:

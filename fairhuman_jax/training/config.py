@@ -16,18 +16,25 @@ from fairhuman_jax.training.step import FairConfig
 class DataConfig:
     """What to train on.
 
-    folder: a FairHuman folder (metadata.jsonl), or None for the people world; length, seed: of the people world, which
-    is rendered on first use and kept; held_out: samples kept from training (at most a quarter of a folder); resolution:
-    pixels a side after the joint resize and crop (center or random); flip: probability of mirroring; caption_dropout:
-    probability of an empty caption; cache_latents: encode every image once before training (no crop or flip then);
-    workers: loader processes; on_error: skip or stop at a sample that cannot be read.
+    folder: a FairHuman folder (metadata.jsonl), a TFDS version folder or shards of latents (training/encode.py), told
+    apart by what they hold, or None for the people world; length, seed, conditioning (with control images): of the
+    people world, which is rendered on first use and kept; held_out: samples kept from training (at most a quarter of a
+    folder); resolution: pixels a side after the joint resize and crop (center or random); buckets: instead of squares
+    the nearest of several shapes of at most that area, sides multiples of bucket_step, aspect up to bucket_aspect, one
+    shape a batch; flip: probability of mirroring; caption_dropout: probability of an empty caption; cache_latents:
+    encode every image once before training (no random crop or flip then, as with shards); workers: loader processes;
+    on_error: skip or stop at a sample that cannot be read.
     """
 
     folder: str | None = None
     length: int = 2048
     seed: int = 0
+    conditioning: bool = False
     held_out: int = 128
     resolution: int = 64
+    buckets: bool = False
+    bucket_step: int = 64
+    bucket_aspect: float = 2.0
     crop: str = "center"
     flip: float = 0.0
     caption_dropout: float = 0.0
@@ -38,7 +45,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length and rhythm of a run. `batch_size` is global; `fsdp` is the second mesh axis; 0 turns a rhythm off."""
+    """Length and rhythm of a run; a rhythm of 0 never comes round.
+
+    batch_size: of all devices together; accumulate: micro-batches that it is cut into; fsdp: devices that share large
+    leaves of the trainables, and of the frozen base with shard_frozen; log_every, validate_every (held-out losses),
+    preview_every, checkpoint_every: in steps; profile: (first step, number of steps) traced into output/profile; wandb:
+    a project of Weights & Biases.
+    """
 
     steps: int = 200
     batch_size: int = 8
@@ -46,10 +59,14 @@ class TrainConfig:
     seed: int = 0
     ema_decay: float | None = None
     fsdp: int = 1
+    shard_frozen: bool = False
     log_every: int = 1
+    validate_every: int = 0
     preview_every: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    profile: tuple[int, int] | None = None
+    wandb: str | None = None
 
 
 @dataclass(frozen=True)

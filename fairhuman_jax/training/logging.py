@@ -1,4 +1,4 @@
-"""What a run says: one progress bar, `metrics.jsonl`, TensorBoard, and aligned tables.
+"""What a run says: one progress bar, `metrics.jsonl`, TensorBoard, W&B where asked for, and aligned tables.
 
 Takes Python numbers only. Reading a value from a device waits for the device, so the loop decides when that
 happens.
@@ -6,11 +6,14 @@ happens.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import math
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +24,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
+_WANDB_ID = "wandb_id"
 
 
 class RunLogger:
@@ -29,8 +33,9 @@ class RunLogger:
     Step k is the record of update k, counted from 0. A run resumed after N updates passes `start_step=N`:
     lines at or after that step are dropped from `metrics.jsonl`, because they will be written again.
     `bar_keys` are the metrics shown beside the bar (None: the first six). `images_per_step` (the global
-    batch) turns the time between two logs into `images_per_second`. `enabled=False` makes every method a
-    no-op: the other processes of a multi-host run.
+    batch) turns the time between two logs into `images_per_second`. `wandb` names a project of Weights & Biases that
+    gets the same numbers and pictures, with `config`; the run keeps its place there when it is resumed.
+    `enabled=False` makes every method a no-op: the other processes of a multi-host run.
     """
 
     def __init__(
@@ -42,6 +47,8 @@ class RunLogger:
         bar_keys: Sequence[str] | None = None,
         tensorboard: bool = True,
         stream: TextIO | None = None,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ) -> None:
         self.folder = Path(folder)
@@ -50,6 +57,7 @@ class RunLogger:
         self._last_step, self._last_time = start_step - 1, time.monotonic()
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
+        self._wandb: Any = None
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +65,8 @@ class RunLogger:
         self._file = (self.folder / METRICS).open("a", encoding="utf-8")
         if tensorboard:
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
+        if wandb is not None:
+            self._wandb = _open_wandb(wandb, self.folder, config, new=start_step == 0)
         self._bar = tqdm(
             total=total_steps, initial=start_step, file=stream or sys.stderr, dynamic_ncols=True, unit="step"
         )
@@ -70,13 +80,30 @@ class RunLogger:
         if self._images_per_step and steps > 0:
             values["images_per_second"] = steps * self._images_per_step / max(now - self._last_time, 1e-9)
         self._last_step, self._last_time = step, now
+        self._write(step, values)
+        self._show(step, values)
+
+    def validation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Record held-out losses after update `step` as validation/NAME, and say them above the bar."""
+        if self._file is None:
+            return
+        self._write(step, {f"validation/{name}": _number(name, loss) for name, loss in losses.items()})
+        self.text(f"step {step + 1}: held-out " + ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self.folder / METRICS}: cannot be written ({error.strerror})") from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-        self._show(step, values)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         names = list(values)[:6] if self._bar_keys is None else [name for name in self._bar_keys if name in values]
@@ -97,6 +124,8 @@ class RunLogger:
         Image.fromarray(image).save(path)
         if self._board is not None:
             self._board.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({name: wandb_package().Image(image)}, step=step)
         return path
 
     def text(self, line: str) -> None:
@@ -112,17 +141,39 @@ class RunLogger:
         """Flush and close everything; may be called again."""
         if self._file is None:
             return
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
         self._bar.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        with contextlib.suppress(OSError):  # what was not written has been reported by the write
+            file.close()
 
     def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def wandb_package() -> Any:
+    """The package `wandb`. Errors: it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError("train.wandb: the package is missing; pip install wandb, or --set train.wandb=none") from error
+
+
+def _open_wandb(project: str, folder: Path, config: Mapping[str, Any] | None, *, new: bool) -> Any:
+    """A run of W&B whose id is kept in `folder`, so that a resumed run goes on in the same place."""
+    path = folder / _WANDB_ID
+    if new or not path.exists():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    name, run_id = folder.name, path.read_text(encoding="utf-8")
+    return wandb_package().init(
+        project=project, name=name, id=run_id, resume="allow", dir=str(folder), config=dict(config or {})
+    )
 
 
 def drop_from(path: str | os.PathLike[str], step: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +11,32 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from fairhuman_jax.config import to_dict
 from fairhuman_jax.data.loader import BatchIterator
-from fairhuman_jax.data.preview import overlay
 from fairhuman_jax.evaluation.held_out import make_held_out_losses
-from fairhuman_jax.systems.contract import PreviewConfig, System
+from fairhuman_jax.systems.contract import System
 from fairhuman_jax.training.checkpoint import Checkpointer
+from fairhuman_jax.training.combining import init_fair
 from fairhuman_jax.training.config import RunConfig
 from fairhuman_jax.training.datasets import held_out_batches, open_data, training_batches
-from fairhuman_jax.training.logging import RunLogger, read_metrics
+from fairhuman_jax.training.distributed import Agreement, fetch, is_main, own_rows, wait_for_all
+from fairhuman_jax.training.logging import METRICS, RunLogger, wandb_package
 from fairhuman_jax.training.objectives import objective_names
-from fairhuman_jax.training.sharding import make_mesh, replicate, shard_batch
+from fairhuman_jax.training.preemption import Interrupted, StopSignal, shielded
+from fairhuman_jax.training.reporting import (
+    SKIPPED_IN_A_ROW,
+    Clock,
+    SkippedWatch,
+    TraceWindow,
+    before_and_after,
+    first_batch,
+    make_previewer,
+    mean_weights,
+)
+from fairhuman_jax.training.sharding import make_mesh, place, replicate, shard_batch
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
-from fairhuman_jax.training.step import make_train_step
+from fairhuman_jax.training.step import TrainStep, make_train_step
 
 PyTree = Any
 
@@ -48,15 +59,17 @@ class Run:
     """All parts of a run, made from its configuration; `state` is replaced step by step."""
 
     config: RunConfig
+    output: Path
     names: tuple[str, ...]
     system: System
     mesh: jax.sharding.Mesh
     frozen: PyTree
     state: TrainState
-    step: Callable
+    step: TrainStep
     batches: BatchIterator
     checkpoints: Checkpointer
     logger: RunLogger
+    watch: SkippedWatch
     measure: Callable[[PyTree, PyTree], dict[str, float]]
     draw: Callable[[PyTree, PyTree], np.ndarray]
     example: Mapping[str, np.ndarray]
@@ -74,13 +87,35 @@ class Run:
     def log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
         """Reads the metrics of one step from the device and files them."""
         if pending is not None:
-            values = jax.device_get(pending[1])
-            self.logger.log(pending[0], {name: float(value) for name, value in values.items()})
+            index, metrics = pending
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.logger.log(index, values)
+            self.watch.note(index + 1, int(values["skipped"]))
+
+    def save(self, done: int) -> None:
+        """Begins a checkpoint of the state after `done` steps."""
+        self.checkpoints.save(done, self.state, self.batches.get_state(), to_dict(self.config))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Ends workers, the save in flight and the log; after an error nobody waits for other processes."""
+        failed = kind is not None and kind is not Interrupted
+        self.batches.close()
+        try:
+            if not failed or jax.process_count() == 1:
+                with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+                    self.checkpoints.close()
+        finally:
+            self.logger.close()
 
 
 def prepare(config: RunConfig, *, resume: bool) -> Run:
     """Builds everything, reads the data and, on `resume`, the newest checkpoint; nothing is trained yet."""
     settings, output = config.train, Path(config.output)
+    if settings.wandb is not None:
+        wandb_package()
     checkpoints = _open_checkpoints(output, settings.keep_checkpoints, resume=resume)
 
     # ---- system ----------------------------------------------------------------------------------------------------
@@ -88,25 +123,27 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     init_key, step_key, held_out_key, preview_key = jax.random.split(jax.random.key(settings.seed), 4)
     system = config.system.build()
     trainable, frozen = system.init(init_key)
-    frozen = replicate(mesh, frozen)
+    trainable = place(mesh, trainable)
+    frozen = place(mesh, frozen) if settings.shard_frozen else replicate(mesh, frozen)
 
     # ---- data ------------------------------------------------------------------------------------------------------
     training, held_out = open_data(config.data)
     batches = training_batches(training, system, config.data, settings, frozen)
     held_out_host = held_out_batches(held_out, system, config.data, settings.batch_size)
-    held_out_device = [shard_batch(mesh, batch) for batch in held_out_host]
+    held_out_device = [shard_batch(mesh, own_rows(batch)) for batch in held_out_host]
 
     # ---- state and step --------------------------------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, settings.steps)
-    state = init_state(trainable, optimizer, step_key, ema=settings.ema_decay is not None)
-    state = replicate(mesh, state)
+    names = objective_names(system, trainable, frozen, held_out_device[0])
+    fair = init_fair(config.fair, len(names))
+    state = place(mesh, init_state(trainable, optimizer, step_key, ema=settings.ema_decay is not None, fair=fair))
     if resume:
         state, position = checkpoints.restore(state)
         batches.set_state(position)
-
-    names = objective_names(system, trainable, frozen, held_out_device[0])
+    start = int(state.step)
     return Run(
         config=config,
+        output=output,
         names=names,
         system=system,
         mesh=mesh,
@@ -120,80 +157,116 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
             accumulate=settings.accumulate,
             clip_norm=config.optimizer.clip_norm,
             ema_decay=settings.ema_decay,
+            split_frozen=settings.shard_frozen,
         ),
         batches=batches,
         checkpoints=checkpoints,
-        logger=RunLogger(
-            output,
-            settings.steps,
-            start_step=int(state.step),
-            images_per_step=settings.batch_size,
-            bar_keys=[f"{kind}/{name}" for kind in ("loss", "weight") for name in names],
-            enabled=jax.process_index() == 0,
-        ),
+        logger=_open_logger(config, names, start),
+        watch=SkippedWatch(start, int(state.skipped), min(SKIPPED_IN_A_ROW, settings.steps)),
         measure=make_held_out_losses(system, held_out_device, held_out_key),
-        draw=_previewer(system, config.preview, held_out_host[0], preview_key),
+        draw=make_previewer(system, config.preview, mesh, held_out_host[0], preview_key),
         example=held_out_host[0],
     )
 
 
 def train(config: RunConfig, *, resume: bool = False) -> Result:
-    """Runs `config` to its last step, on from its newest checkpoint when `resume`; results lie in `config.output`."""
-    run = prepare(config, resume=resume)
-    settings, output = config.train, Path(config.output)
+    """Runs `config` to its last step, on from its newest checkpoint when `resume`; results lie in `config.output`.
 
-    # ---- before ----------------------------------------------------------------------------------------------------
-    first = int(run.state.step)
-    if first == 0:
-        (output / "config.json").write_text(json.dumps(to_dict(config), indent=1))
-        _first_batch(run).save(output / "batch.png")
-        (output / "before.json").write_text(json.dumps(run.losses()))
-        run.picture(0)
+    A first SIGTERM or SIGINT during training ends the step, writes a checkpoint and raises `Interrupted`; a second one
+    ends the process. Between processes, which share `config.output`, all of them stop at the same step.
+    """
+    with prepare(config, resume=resume) as run:
+        if int(run.state.step) == 0:
+            measure_before(run)
+        clock = Clock()
+        with StopSignal() as stop:
+            take_steps(run, clock, stop)
+        return measure_after(run, clock)
 
-    # ---- train -----------------------------------------------------------------------------------------------------
-    pending, clock = None, Clock()
-    for index in range(first, settings.steps):
-        batch = shard_batch(run.mesh, next(run.batches))
-        run.state, metrics = run.step(run.state, run.frozen, batch)
+
+def measure_before(run: Run) -> None:
+    """What is on record of a run before its first step."""
+    losses = run.losses()
+    if is_main():
+        (run.output / "config.json").write_text(json.dumps(to_dict(run.config), indent=1))
+        first_batch(run.batches, run.example).save(run.output / "batch.png")
+        (run.output / "before.json").write_text(json.dumps(losses))
+    run.picture(0)
+
+
+def take_steps(run: Run, clock: Clock, stop: StopSignal) -> None:
+    """All steps from the state's own to the last one. Raises Interrupted, with the checkpoint complete."""
+    settings, refresh_every = run.config.train, run.config.fair.refresh_every
+    agreed, trace = Agreement(run.mesh), TraceWindow(run.output / "profile", settings.profile)
+    pending = None
+    for index in range(int(run.state.step), settings.steps):
+        batch = shard_batch(run.mesh, shielded(run.batches.__next__))
+        trace.begin(index)
+        run.state, metrics = run.step(run.state, run.frozen, batch, index % refresh_every == 0)
         # The metrics read here are those of the step before: the device has its next work before the host waits.
         run.log(pending)
-        pending = (index, metrics) if index % settings.log_every == 0 else None
+        pending = (index, metrics) if settings.log_every and index % settings.log_every == 0 else None
         clock.tick()
+
         done = index + 1
-        if done == settings.steps or _due(done, settings.checkpoint_every):
-            run.checkpoints.save(done, run.state, run.batches.get_state(), to_dict(config))
+        trace.end(done, metrics)
+        signum = agreed(stop.received)
+        if signum or done == settings.steps or _due(done, settings.checkpoint_every):
+            run.save(done)
+        if signum:
+            run.log(pending)
+            trace.close()
+            run.checkpoints.wait()
+            raise Interrupted(signum, done)
+        if _due(done, settings.validate_every):
+            run.log(pending)
+            pending = None
+            run.logger.validation(index, run.losses())
+            run.logger.pause()
+            clock.pause()
         if done < settings.steps and _due(done, settings.preview_every):
             run.picture(done)
             clock.pause()
     run.log(pending)
+    trace.close()
     jax.block_until_ready(run.state.step)
     clock.pause()
+    run.checkpoints.wait()
 
-    # ---- after -----------------------------------------------------------------------------------------------------
+
+def measure_after(run: Run, clock: Clock) -> Result:
+    """Held-out losses, a picture and the export; written by the first process, reported by all."""
+    steps = run.config.train.steps
     after = run.losses()
-    run.picture(settings.steps)
-    trained, frozen = jax.device_get((run.state.averaged, run.frozen))
-    exported = run.system.export(trained, frozen, output / "export", dict(run.example))
-    run.batches.close()
-    run.checkpoints.close()
-    run.logger.close()
+    run.picture(steps)
+    trained, frozen = fetch((run.state.averaged, run.frozen))
+    exported, picture = run.output / "export", run.output / "before_after.png"
+    if is_main():
+        exported = run.system.export(trained, frozen, exported, dict(run.example))
+        before_and_after(run.output, steps).save(picture)
+    wait_for_all("exported")
     return Result(
-        before=json.loads((output / "before.json").read_text()),
+        before=json.loads((run.output / "before.json").read_text()),
         after=after,
-        weights=_mean_weights(output, run.names),
-        images_per_second=clock.ticks_per_second * settings.batch_size,
+        weights=mean_weights(run.output / METRICS, run.names),
+        images_per_second=clock.ticks_per_second * run.config.train.batch_size,
         skipped=int(run.state.skipped),
         exported=exported,
-        picture=_before_and_after(output, settings.steps),
+        picture=picture,
     )
 
 
-def _first_batch(run: Run) -> Image.Image:
-    """Picture of the first training batch with its masks, or of a held-out one where training is on cached latents."""
-    start = run.batches.get_state()
-    batch = next(run.batches)
-    run.batches.set_state(start)
-    return overlay(batch if "image" in batch else run.example)
+def _open_logger(config: RunConfig, names: tuple[str, ...], start: int) -> RunLogger:
+    return RunLogger(
+        config.output,
+        config.train.steps,
+        start_step=start,
+        images_per_step=config.train.batch_size,
+        bar_keys=[f"{kind}/{name}" for kind in ("loss", "weight") for name in names],
+        wandb=config.train.wandb,
+        config=to_dict(config),
+        enabled=is_main(),
+    )
 
 
 def _open_checkpoints(output: Path, keep: int, *, resume: bool) -> Checkpointer:
@@ -209,66 +282,5 @@ def _open_checkpoints(output: Path, keep: int, *, resume: bool) -> Checkpointer:
     return checkpoints
 
 
-def _previewer(
-    system: System, config: PreviewConfig, held_out: Mapping[str, np.ndarray], key: jax.Array
-) -> Callable[[PyTree, PyTree], np.ndarray]:
-    """`draw(trainable, frozen) -> contact sheet uint8 [H, W, 3]`: the same request each time."""
-    request, titles = system.preview(config, dict(held_out))
-    sample = jax.jit(system.sample)
-
-    def draw(trainable: PyTree, frozen: PyTree) -> np.ndarray:
-        return np.asarray(sheet(np.asarray(sample(trainable, frozen, request, key)), titles))
-
-    return draw
-
-
-class Clock:
-    """Steps a second, without the first (compilation) and without pauses."""
-
-    def __init__(self) -> None:
-        self._ticks, self._seconds, self._since = 0, 0.0, None
-
-    def tick(self) -> None:
-        """One step is done."""
-        now = time.monotonic()
-        if self._since is not None:
-            self._ticks += 1
-            self._seconds += now - self._since
-        self._since = now
-
-    def pause(self) -> None:
-        """What follows up to the next tick is not counted."""
-        self._since = None
-
-    @property
-    def ticks_per_second(self) -> float:
-        """0 where nothing was timed."""
-        return self._ticks / self._seconds if self._seconds else 0.0
-
-
-def sheet(images: np.ndarray, titles: list[str]) -> Image.Image:
-    """Contact sheet of images [N, H, W, 3] in [-1, 1] with a title below each."""
-    pixels = np.rint((np.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
-    return overlay({"image": pixels}, titles)
-
-
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _mean_weights(output: Path, names: tuple[str, ...]) -> dict[str, float]:
-    """Mean of each objective's weight over the logged steps."""
-    records = read_metrics(output / "metrics.jsonl")
-    weights = {name: [record[f"weight/{name}"] for record in records] for name in names}
-    return {name: float(np.mean([w for w in values if w is not None])) for name, values in weights.items()}
-
-
-def _before_and_after(output: Path, steps: int) -> Path:
-    """The first and the last preview, one above the other."""
-    first, last = (Image.open(output / "images" / f"sample_{step:07d}.png") for step in (0, steps))
-    both = Image.new("RGB", (first.width, first.height + last.height + 8), "white")
-    both.paste(first, (0, 0))
-    both.paste(last, (0, first.height + 8))
-    path = output / "before_after.png"
-    both.save(path)
-    return path

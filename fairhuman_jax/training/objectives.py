@@ -1,13 +1,15 @@
-"""One forward pass, K objectives, K gradients.
+"""One forward pass, K objectives, and the gradient of any weighting of them.
 
 All objectives depend on the trainables through one prediction, so their gradients are J^T c_i with
-c_i = d loss_i / d prediction. The prediction is computed once with `jax.vjp`; the K cotangents are pulled back together
-by `vmap`, which costs F + K B instead of K (F + B).
+c_i = d loss_i / d prediction. The prediction is computed once with `jax.vjp`; what is pulled back, and how often, is up
+to the caller: K cotangents together by `vmap` cost F + K B instead of K (F + B), their weighted sum costs F + B.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,10 +20,36 @@ from fairhuman_jax.systems.contract import Batch, System
 PyTree = Any
 
 
-def task_gradients(
-    system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
-) -> tuple[PyTree, OrderedDict[str, jax.Array]]:
-    """Gradients of the K objectives, every leaf with a leading axis K, and the losses by name.
+@dataclass(frozen=True)
+class Linearised:
+    """K objectives at one point: their names and values [K], and `pull(weights [K])`, the gradient of sum_i w_i L_i."""
+
+    names: tuple[str, ...]
+    losses: jax.Array
+    pull: Callable[[jax.Array], PyTree]
+
+    def pull_all(self) -> PyTree:
+        """The K gradients, every leaf with a leading axis K, by one vmapped pull-back."""
+        if len(self.names) == 1:
+            # A plain backward pass: under vmap, XLA's CPU compiler takes minutes over a large convolutional network.
+            return jax.tree.map(lambda leaf: leaf[None], self.pull(jnp.ones(1, jnp.float32)))
+        return jax.vmap(self.pull)(jnp.eye(len(self.names), dtype=jnp.float32))
+
+    def pull_each(self) -> PyTree:
+        """As `pull_all`, by K pull-backs one after the other: one set of activation gradients at a time.
+
+        With rematerialisation each of them recomputes the forward pass.
+        """
+        gradients = []
+        for weights in jnp.eye(len(self.names), dtype=jnp.float32):
+            if gradients:  # what is pulled back next waits for the gradient before it
+                weights, gradients[-1] = jax.lax.optimization_barrier((weights, gradients[-1]))
+            gradients.append(self.pull(weights))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
+
+
+def linearise(system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Linearised:
+    """The objectives of one batch and their pull-back.
 
     Source: FairHuman, weighting_strategy/weight_methods.py (three backward passes over one retained graph there).
     """
@@ -34,42 +62,37 @@ def task_gradients(
         return jnp.stack([jnp.asarray(loss, jnp.float32) for loss in losses.values()])
 
     losses, pull_back_losses = jax.vjp(stacked_losses, prediction)
-    if len(names) == 1:
-        # A plain backward pass: under vmap, XLA's CPU compiler takes minutes over a large convolutional network.
-        (gradient,) = pull_back(*pull_back_losses(jnp.ones(1, jnp.float32)))
-        gradients = jax.tree.map(lambda leaf: leaf[None], gradient)
-    else:
-        (cotangents,) = jax.vmap(pull_back_losses)(jnp.eye(len(names), dtype=jnp.float32))
-        (gradients,) = jax.vmap(pull_back)(cotangents)
-    # Ordered, because plain dicts come out of scan, jit and shard_map with their keys sorted.
-    return gradients, OrderedDict(zip(names, losses, strict=True))
+    return Linearised(tuple(names), losses, lambda weights: pull_back(*pull_back_losses(weights))[0])
 
 
-def accumulated_task_gradients(
-    system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, accumulate: int
-) -> tuple[PyTree, OrderedDict[str, jax.Array]]:
-    """`task_gradients` of the mean over `accumulate` equal micro-batches, one at a time.
+def mean_over_micro_batches(function: Callable[[Batch], PyTree], batch: Batch, count: int) -> PyTree:
+    """Mean of `function(micro_batch)` over `count` equal parts of the batch, one at a time.
 
-    The K gradients are averaged, never the Gram matrix, which is not linear in them; with sample-wise randomness
-    (`sample_keys`) the result equals one large batch up to rounding.
+    With sample-wise randomness (`sample_keys`), losses and gradients equal those of the whole batch up to rounding.
+    Errors: a batch that does not divide.
     """
-    if accumulate == 1:
-        return task_gradients(system, trainable, frozen, batch, key)
+    if count == 1:
+        return function(batch)
     size = next(iter(batch.values())).shape[0]
-    if size % accumulate:
-        raise ValueError(f"a batch of {size} per device does not divide into {accumulate} micro-batches")
-    micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, size // accumulate, *x.shape[1:]), batch)
+    if size % count:
+        raise ValueError(f"a batch of {size} per device does not divide into {count} micro-batches")
+    parts = jax.tree.map(lambda x: x.reshape(count, size // count, *x.shape[1:]), batch)
 
-    def gradients_of(micro_batch: Batch) -> tuple[PyTree, OrderedDict[str, jax.Array]]:
-        return task_gradients(system, trainable, frozen, micro_batch, key)
+    def body(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
 
-    def body(total: PyTree, micro_batch: Batch) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, gradients_of(micro_batch)), None
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    total, _ = jax.lax.scan(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts)
+    return jax.tree.map(lambda x: x / count, total)
 
-    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], micro_batches))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(body, zeros, micro_batches)
-    return jax.tree.map(lambda x: x / accumulate, total)
+
+def task_gradients(
+    system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+) -> tuple[PyTree, OrderedDict[str, jax.Array]]:
+    """Gradients of the K objectives, every leaf with a leading axis K, and the losses by name."""
+    point = linearise(system, trainable, frozen, batch, key)
+    # Ordered, because plain dicts come out of scan, jit and shard_map with their keys sorted.
+    return point.pull_all(), OrderedDict(zip(point.names, point.losses, strict=True))
 
 
 def objective_names(system: System, trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[str, ...]:

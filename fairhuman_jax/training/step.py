@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from fairhuman_jax.losses import combine
 from fairhuman_jax.systems.contract import Batch, System
-from fairhuman_jax.training.objectives import accumulated_task_gradients
-from fairhuman_jax.training.sharding import AXES, BATCH_SPEC
+from fairhuman_jax.training.combining import Combining, FairConfig, Metrics
+from fairhuman_jax.training.sharding import AXES, BATCH_SPEC, SPLIT_ABOVE, WHOLE, box, leaf_specs, named
 from fairhuman_jax.training.state import TrainState
 
 PyTree = Any
-Metrics = dict[str, jax.Array]
 
 
-@dataclass(frozen=True)
-class FairConfig:
-    """How K > 1 gradients become one: `method` mpd (alpha-fair; alpha 2 is minimum potential delay), sum, or single
-    (the first objective alone); `priority` weighs objectives inside the fair rule; `rescale` sets the length of the
-    combined gradient, None = n_tasks for mpd and none otherwise (losses.fairness). A system with one objective is
-    trained on its plain gradient whatever stands here."""
+class TrainStep(Protocol):
+    """`step(state, frozen, batch, refresh=True) -> (state, metrics)`, compiled; also has jit's `lower`."""
 
-    method: str = "mpd"
-    alpha: float = 2.0
-    priority: tuple[float, ...] | None = None
-    rescale: str | None = None
+    def __call__(
+        self, state: TrainState, frozen: PyTree, batch: Batch, refresh: bool = True
+    ) -> tuple[TrainState, Metrics]: ...
+
+    def lower(self, state: TrainState, frozen: PyTree, batch: Batch, refresh: bool = True) -> jax.stages.Lowered: ...
 
 
 def make_train_step(
@@ -43,62 +37,55 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float | None = None,
     ema_decay: float | None = None,
-) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
-    """The compiled `step(state, frozen, batch) -> (state, metrics)`; `state` is donated, `frozen` is not.
+    split_above: int = SPLIT_ABOVE,
+    split_frozen: bool = False,
+) -> TrainStep:
+    """The compiled train step; `state` is donated, `frozen` is not.
 
-    The combined gradient's norm is cut to `clip_norm`. The batch is split over the mesh; task gradients are averaged
-    over it before the Gram matrix is formed, so every device solves the same system. A non-finite gradient leaves
-    trainables, optimiser state and average as they were and adds one to `skipped`.
+    The batch is split over the mesh, large trainables (with their moments and average) over its `fsdp` axis, and so is
+    `frozen` with `split_frozen`: arrays must be placed that way (sharding.place, with the same `split_above`).
+    `refresh` is a constant of the program: True solves for the weights, False takes the last ones and costs what a
+    plain step costs. The combined gradient's norm is cut to `clip_norm`. A gradient that is not finite leaves
+    trainables, optimiser state, average and the rule's state as they were and adds one to `skipped`.
     """
 
-    def local_gradients(trainable, frozen, batch, key):
-        size = next(iter(batch.values())).shape[0]
-        first = jax.lax.axis_index(AXES) * size
-        batch = batch | {"position": first + jnp.arange(size)}
-        gradients, losses = accumulated_task_gradients(system, trainable, frozen, batch, key, accumulate)
-        rule = fair if len(losses) > 1 else FairConfig(method="single")
-        combined, info = combine(
-            gradients,
-            method=rule.method,
-            alpha=rule.alpha,
-            priority=None if rule.priority is None else jnp.asarray(rule.priority),
-            rescale=rule.rescale,
-            axis_name=AXES,
-        )
-        # Named here, where the objectives are in order: a dict leaves a transformation sorted by name.
-        metrics = {f"loss/{name}": loss for name, loss in jax.lax.pmean(losses, AXES).items()}
-        metrics |= {f"weight/{name}": weight for name, weight in zip(losses, info["weights"], strict=True)}
-        return combined, metrics, info["finite"]
+    def step(state: TrainState, frozen: PyTree, batch: Batch, refresh: bool = True) -> tuple[TrainState, Metrics]:
+        specs = leaf_specs(mesh, state.trainable, split_above)
+        frozen_specs = leaf_specs(mesh, frozen, split_above) if split_frozen else jax.tree.map(lambda _: WHOLE, frozen)
+        combining = Combining(system, fair, specs, accumulate)
 
-    replicated = PartitionSpec()
-    sharded_gradients = jax.shard_map(
-        local_gradients,
-        mesh=mesh,
-        in_specs=(replicated, replicated, BATCH_SPEC, replicated),
-        out_specs=replicated,
-        check_vma=False,
-    )
+        def local(trainable, frozen, batch, key, fair_state):
+            size = next(iter(batch.values())).shape[0]
+            batch = batch | {"position": jax.lax.axis_index(AXES) * size + jnp.arange(size)}
+            trainable, frozen = box(trainable, specs), box(frozen, frozen_specs)
+            return combining(trainable, frozen, batch, key, fair_state, refresh)
 
-    def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        gradient, metrics, finite = sharded_gradients(state.trainable, frozen, batch, key)
-        state, norm = _apply(state, gradient, finite, optimizer, clip_norm, ema_decay)
-        return state, metrics | {"gradient_norm": norm, "skipped": state.skipped}
+        gradient, fair_state, metrics = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs, frozen_specs, BATCH_SPEC, WHOLE, WHOLE),
+            out_specs=(specs, WHOLE, WHOLE),
+            check_vma=False,
+        )(state.trainable, frozen, batch, jax.random.fold_in(state.key, state.step), state.fair)
 
-    return jax.jit(step, donate_argnums=0)
+        finite, norm = metrics.pop("finite"), metrics["gradient_norm"]
+        new = _updated(replace(state, fair=fair_state), gradient, norm, optimizer, clip_norm, ema_decay)
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        kept = replace(kept, step=state.step + 1, skipped=state.skipped + jnp.where(finite, 0, 1))
+        return _constrained(kept, mesh, split_above), metrics | {"skipped": kept.skipped}
+
+    return jax.jit(step, donate_argnums=0, static_argnames="refresh")
 
 
-def _apply(
+def _updated(
     state: TrainState,
     gradient: PyTree,
-    finite: jax.Array,
+    norm: jax.Array,
     optimizer: optax.GradientTransformation,
     clip_norm: float | None,
     ema_decay: float | None,
-) -> tuple[TrainState, jax.Array]:
-    """One optimiser update, or none where the gradient is not finite."""
-    norm = global_norm(gradient)
-    finite = finite & jnp.isfinite(norm)
+) -> TrainState:
+    """One optimiser update with a gradient of the given norm."""
     if clip_norm is not None:
         shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
         gradient = jax.tree.map(lambda leaf: leaf * shrink, gradient)
@@ -109,16 +96,14 @@ def _apply(
         # The average follows quickly at first, so that short runs are not dominated by the start.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, trainable)
-    new = replace(state, trainable=trainable, opt_state=opt_state, ema=ema)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, replace(state, step=state.step))
-    return replace(kept, step=state.step + 1, skipped=state.skipped + jnp.where(finite, 0, 1)), norm
+    return replace(state, trainable=trainable, opt_state=opt_state, ema=ema)
 
 
-def global_norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm over all leaves, float32.
-
-    The leaves' squares are sorted before they are summed: XLA's CPU compiler fuses a plain sum of N scalars, whole,
-    into each of the N leaves that the norm scales, and compiling N^2 operands takes minutes; a sort is never fused.
-    """
-    squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)])
-    return jnp.sqrt(jnp.sum(jnp.sort(squares)))
+def _constrained(state: TrainState, mesh: Mesh, split_above: int) -> TrainState:
+    """The state, placed as `sharding.place` places it, so that a step's result fits the next step's argument."""
+    placed = {
+        name: jax.lax.with_sharding_constraint(tree, named(mesh, leaf_specs(mesh, tree, split_above)))
+        for name in ("trainable", "opt_state", "ema")
+        if (tree := getattr(state, name)) is not None
+    }
+    return replace(state, **placed)

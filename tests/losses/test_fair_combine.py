@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from fairhuman_jax import losses
-from fairhuman_jax.losses import combine_weighted, gram_matrix, mpd_weights, task_weights
+from fairhuman_jax.losses import combine_weighted, gram_matrix, make_combiner, mpd_weights
 
-combine = jax.jit(losses.combine, static_argnames=("method", "rescale", "axis_name"))
+
+@functools.partial(jax.jit, static_argnames="method")
+def combine(task_grads, method, priority=None, loss_scale=1.0):
+    """(gradient, info) of a rule without state."""
+    grads, _, info = make_combiner(method, priority=priority).update(task_grads, (), loss_scale=loss_scale)
+    return grads, info
+
+
 fair_combine = jax.jit(losses.fair_combine, static_argnames=("alpha", "rescale", "axis_name"))
 ROWS = np.array([[3.0, 0, 4], [1, 2, 2], [0, -1, 1]], np.float32)
 
@@ -129,7 +138,8 @@ def test_result_keeps_the_dtype_of_each_leaf():
 
 
 def test_weights_from_the_gram_alone_reproduce_the_combination():
-    coefficients, info = task_weights(gram_matrix(tree(ROWS)), alpha=1.0, rescale="match_sum_norm")
+    combiner = make_combiner(alpha=1.0, rescale="match_sum_norm")
+    coefficients, _, info = combiner.weigh(gram_matrix(tree(ROWS)), ())
     expected = fair_combine(tree(ROWS), alpha=1.0, rescale="match_sum_norm")
     np.testing.assert_allclose(flat(combine_weighted(tree(ROWS), coefficients)), flat(expected[0]), rtol=1e-5)
     np.testing.assert_allclose(info["weights"], expected[1]["weights"], rtol=1e-5)

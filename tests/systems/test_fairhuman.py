@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from tiny_models import (
-    QUICK,
     SIZE,
     assert_trees_equal,
     fairhuman,
@@ -27,9 +25,8 @@ from fairhuman_jax.evaluation.held_out import make_held_out_losses
 from fairhuman_jax.losses import min_snr_weight
 from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
 from fairhuman_jax.systems.sampling import make_request
-from fairhuman_jax.training.sharding import make_mesh
-from fairhuman_jax.training.state import init_state
-from fairhuman_jax.training.step import FairConfig, make_train_step
+from fairhuman_jax.systems.trainables import LoraTrainable
+from fairhuman_jax.training.objectives import task_gradients
 from fairhuman_jax.weights import load_lora
 
 KEY = jax.random.key(4)
@@ -56,8 +53,9 @@ def test_initial_lora_changes_nothing(system):
 
 def test_strength_is_alpha_over_rank(system):
     trainable = trained_lora(system)
-    assert_trees_equal(system.lora(trainable), trainable)
-    halved = fairhuman(alpha=1.0).lora(trainable)["unet"]["down_blocks.0"]["attentions.0"]
+    assert_trees_equal(system.part.applied(trainable)[1], trainable)
+    half = fairhuman(trainable=LoraTrainable(rank=2, alpha=1.0))
+    halved = half.part.applied(trainable)[1]["unet"]["down_blocks.0"]["attentions.0"]
     before = trainable["unet"]["down_blocks.0"]["attentions.0"]
     to_q, expected = (tree["transformer_blocks"]["attn1"]["to_q"] for tree in (halved, before))
     np.testing.assert_array_equal(to_q["up"], 0.5 * expected["up"])
@@ -66,12 +64,12 @@ def test_strength_is_alpha_over_rank(system):
 
 @pytest.mark.parametrize("alpha", [None, 1.0])
 def test_exported_lora_loads_as_it_was_applied(tmp_path, alpha):
-    system = fairhuman(alpha=alpha)
+    system = fairhuman(trainable=LoraTrainable(rank=2, alpha=alpha))
     trainable = trained_lora(system)
     path = system.export(trainable, system.pipeline.params, tmp_path, {})
     assert path.name == "pytorch_lora_weights.safetensors"
     loaded = load_lora(path, system.pipeline.unet)
-    assert_trees_equal(loaded, jax.device_get(system.lora(trainable)["unet"]))
+    assert_trees_equal(loaded, jax.device_get(system.part.applied(trainable)[1]["unet"]))
 
 
 def test_a_missing_base_is_one_clear_line():
@@ -127,7 +125,7 @@ class Echo(FairHuman):
 
 
 def echoed(times=TIMES, **config):
-    system = Echo(pipeline=tiny_pipeline(), config=FairHumanConfig(rank=2, **config))
+    system = fairhuman(kind=Echo, **config)
     batch = random_batch(4) | ({} if times is None else {"times": times})
     return quick_jit(lambda: system.predict({}, system.pipeline.params, batch, KEY))()
 
@@ -186,21 +184,14 @@ def test_sdxl_trains_a_step():
     ids = system.tokenize(["two hands"])
     assert set(ids) == {"input_ids", "input_ids_2"} and ids["input_ids"].dtype == np.int32
     trainable, frozen = system.init(jax.random.key(0))
-    mesh, rule = make_mesh(devices=jax.devices()[:1]), optax.sgd(1.0)
-    step = make_train_step(system, rule, mesh, FairConfig())
-    batch = random_batch(4, xl=True, position=False)
-
-    def state():
-        return init_state(jax.tree.map(jnp.copy, trainable), rule, jax.random.key(4), ema=False)
-
-    program = step.lower(state(), frozen, batch).compile(QUICK)
-    after, metrics = program(state(), frozen, batch)
-    assert after.skipped == 0 and float(metrics["gradient_norm"]) > 0
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.trainable, trainable)
-    assert all(change > 0 for path, change in jax.tree.leaves_with_path(moved) if path[-1].key == "up")
+    batch = random_batch(4, xl=True)
+    step = quick_jit(lambda tree, batch: task_gradients(system, tree, frozen, batch, KEY))
+    gradients, losses = step(trainable, batch)
+    slopes = jax.tree.leaves_with_path(jax.tree.map(lambda leaf: float(jnp.abs(leaf[0]).max()), gradients))
+    assert all((slope > 0) == (path[-1].key == "up") for path, slope in slopes)  # up is 0 at first, so down has none
     for name, other in (("time_ids", batch["time_ids"] * 3), ("input_ids_2", batch["input_ids"])):
-        _, changed = program(state(), frozen, batch | {name: other})
-        assert float(changed["loss/global"]) != float(metrics["loss/global"]), name
+        changed = step(trainable, batch | {name: other})[1]
+        assert float(changed["global"]) != float(losses["global"]), name
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------

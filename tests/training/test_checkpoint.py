@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import shutil
 
 import jax
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 from tiny_models import assert_trees_equal
 
-from fairhuman_jax.training.checkpoint import Checkpointer
-from fairhuman_jax.training.sharding import make_mesh, replicate
+from fairhuman_jax.training.checkpoint import Checkpointer, has_checkpoint
+from fairhuman_jax.training.sharding import make_mesh, place, replicate
 from fairhuman_jax.training.state import OptimizerConfig, init_state, make_optimizer
 
 POSITION = {"step": 12, "batch_size": 4, "seed": 3, "shuffle": True, "samples": 9, "shards": 1}
@@ -115,3 +117,58 @@ def test_a_torn_checkpoint_is_not_restored(folder, tear):
     state, position = restored(folder, make_state(0))
     assert position["step"] == 8
     assert_trees_equal(state, make_state(8))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 8), (8, 2), (2, 1)], ids=["8x1-1x8", "1x8-4x2", "4x2-8x1"])
+def test_another_mesh_restores_bit_for_bit(tmp_path, saved, loaded):
+    """Data 8, fsdp 8 and 4 x 2: every leaf that can be split is, and lands as the new mesh splits it."""
+    meshes = [make_mesh(fsdp) for fsdp in (saved, loaded)]
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, place(meshes[0], make_state(1, width=16), split_above=0), POSITION, CONFIG)
+    checkpoints.close()
+    template = place(meshes[1], make_state(2, width=16), split_above=0)
+    state, _ = restored(tmp_path, template)
+    assert_trees_equal(state, make_state(1, width=16))
+    for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(template), strict=True):
+        assert found.sharding.is_equivalent_to(expected.sharding, found.ndim)
+    kernel = state.trainable["unet"]["to_q"]["down"]
+    assert kernel.addressable_shards[0].data.size * loaded == kernel.size
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(folder):
+    checkpoints = Checkpointer(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = make_state(20, width=20_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"a checkpoint could not be written .*; that of step 12 is complete"
+        ) as error:
+            checkpoints.save(20, large, POSITION, CONFIG)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with contextlib.suppress(OSError):
+        checkpoints.close()
+    assert "\n" not in str(error.value)
+    state, position = restored(folder, make_state(0))
+    assert position["step"] == 12
+    assert_trees_equal(state, make_state(12))
+
+
+def test_a_step_is_saved_once(folder):
+    checkpoints = Checkpointer(folder)
+    checkpoints.save(12, make_state(1), POSITION, CONFIG)
+    checkpoints.save(20, make_state(20), POSITION, CONFIG)
+    checkpoints.save(20, make_state(1), POSITION, CONFIG)
+    checkpoints.wait()
+    assert checkpoints.latest_step == 20
+    checkpoints.close()
+    assert_trees_equal(restored(folder, make_state(0))[0], make_state(20))
+
+
+def test_a_folder_with_a_complete_checkpoint_is_known(folder, tmp_path):
+    assert has_checkpoint(str(tmp_path)) and not has_checkpoint(str(tmp_path / "other"))
+    for step in (8, 12):
+        os.rename(folder / str(step), folder / f"{step}.orbax-checkpoint-tmp")
+    assert not has_checkpoint(str(tmp_path))

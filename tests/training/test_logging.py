@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,35 @@ def test_resume_drops_lines_at_and_after_the_step(tmp_path):
     ]
     assert "3/5" in stream.getvalue() and "4/5" in stream.getvalue()
     assert drop_from(tmp_path / "metrics.jsonl", 1) == 3 and drop_from(tmp_path / "none.jsonl", 0) == 0
+
+
+def test_held_out_losses_have_lines_of_their_own(tmp_path):
+    stream = io.StringIO()
+    with RunLogger(tmp_path, 5, bar_keys=("loss",), stream=stream) as logger:
+        logger.log(3, {"loss": 1.0})
+        logger.validation(3, {"global": 0.5, "face": float("nan")})
+    assert read_metrics(tmp_path / "metrics.jsonl")[1] == {
+        "step": 3,
+        "validation/global": 0.5,
+        "validation/face": None,
+    }
+    assert "step 4: held-out global 0.50000, face nan\n" in stream.getvalue()
+    (events,) = (tmp_path / "tensorboard").glob("events.*")
+    assert b"validation/global" in events.read_bytes()
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLogger(tmp_path, 5, tensorboard=False, stream=io.StringIO()) as logger:
+        logger.log(0, {"loss": 1.0})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"metrics.jsonl: cannot be written \(File too large\)"):
+                logger.log(1, {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")][:1] == [0]
 
 
 def test_tensorboard_holds_scalars_and_images(tmp_path):

@@ -18,14 +18,16 @@ from tiny_models import (
     trained_lora,
 )
 
-from fairhuman_jax.losses import combine
-from fairhuman_jax.training.objectives import accumulated_task_gradients, task_gradients
-from fairhuman_jax.training.sharding import make_mesh, replicate, shard_batch
+from fairhuman_jax.losses import fair_combine
+from fairhuman_jax.training.combining import FairConfig, init_fair
+from fairhuman_jax.training.objectives import mean_over_micro_batches, task_gradients
+from fairhuman_jax.training.sharding import leaf_specs, make_mesh, place, shard_batch
 from fairhuman_jax.training.state import init_state
-from fairhuman_jax.training.step import FairConfig, make_train_step
+from fairhuman_jax.training.step import make_train_step
 
 KEY = jax.random.fold_in(jax.random.key(5), 0)  # of step 0 of a run with key 5
 NAMES = ("global", "face", "hand")
+SPLIT_ABOVE = 31  # elements
 STACKS = ("transformer_blocks", "layers")
 
 
@@ -95,21 +97,25 @@ def test_rematerialised_and_unrolled_networks_give_the_same(system, gradients, s
 def test_accumulated_over_micro_batches_equal_one_batch(system, gradients):
     """Acceptance fact 13."""
     frozen, batch = system.pipeline.params, random_batch()
-    step = quick_jit(lambda t: accumulated_task_gradients(system, t, frozen, batch, KEY, 4))
-    found, losses = step(trained_lora(system))
+    tree = trained_lora(system)
+    step = quick_jit(lambda t: mean_over_micro_batches(lambda b: task_gradients(system, t, frozen, b, KEY), batch, 4))
+    found, losses = step(tree)
     assert_trees_close(found, gradients[0])
     assert tuple(losses) == NAMES
     assert_trees_close(losses, gradients[1])
 
 
 def test_a_step_on_eight_devices_applies_their_fair_combination(system, gradients):
-    mesh, rule = make_mesh(2), optax.sgd(1.0)
-    state = init_state(trained_lora(system), rule, jax.random.key(5), ema=False)
-    placed = replicate(mesh, (state, system.pipeline.params))
+    """With LoRA factors and the frozen base split over two of them, text encoder and autoencoder included."""
+    mesh, rule, fair = make_mesh(2), optax.sgd(1.0), FairConfig()
+    state = init_state(trained_lora(system), rule, jax.random.key(5), ema=False, fair=init_fair(fair, 3))
+    placed = place(mesh, (state, system.pipeline.params), SPLIT_ABOVE)
+    for tree in (state.trainable, *system.pipeline.params.values()):
+        assert any(map(tuple, jax.tree.leaves(leaf_specs(mesh, tree, SPLIT_ABOVE))))
     arguments = (*placed, shard_batch(mesh, random_batch(position=False)))
-    step = make_train_step(system, rule, mesh, FairConfig()).lower(*arguments).compile(QUICK)
-    after, metrics = step(*arguments)
-    expected, info = combine(gradients[0])
+    step = make_train_step(system, rule, mesh, fair, split_above=SPLIT_ABOVE, split_frozen=True)
+    after, metrics = step.lower(*arguments).compile(QUICK)(*arguments)
+    expected, info = fair_combine(gradients[0])
     assert_trees_close(jax.tree.map(jnp.subtract, trained_lora(system), after.trainable), expected, 1e-4)
     for index, name in enumerate(NAMES):
         np.testing.assert_allclose(metrics[f"loss/{name}"], gradients[1][name], rtol=1e-5)
@@ -130,6 +136,6 @@ def test_splitting_a_batch_changes_no_random_number(system):
     assert np.abs(same["target"][0] - same["target"][1]).max() > 0.1
 
 
-def test_refuses_micro_batches_of_unequal_size(system):
+def test_refuses_micro_batches_of_unequal_size():
     with pytest.raises(ValueError, match="a batch of 4 per device does not divide into 3 micro-batches"):
-        accumulated_task_gradients(system, {}, {}, random_batch(4), KEY, 3)
+        mean_over_micro_batches(len, random_batch(4), 3)

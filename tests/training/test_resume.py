@@ -1,86 +1,87 @@
-"""A run that is killed at any step and resumed ends as one that was never touched, bit for bit."""
+"""A run that is killed or stopped at any step and resumed ends as one that was never touched, bit for bit."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+from dataclasses import replace
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-from tiny_models import SIZE, write_folder
+import pytest
+from tiny_runs import DenseConfig, assert_same_state, ended, final_state, start, wait_for_steps, write_config
 
-from fairhuman_jax.systems.autoencoder import AutoencoderConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.config import load_config
 from fairhuman_jax.training.logging import read_metrics
 from fairhuman_jax.training.loop import train
-from fairhuman_jax.training.state import OptimizerConfig
 
-STEPS, EVERY = 40, 5
-VAE = {"block_out_channels": [4], "norm_num_groups": 2, "latent_channels": 2, "mid_block_add_attention": False}
-
-
-def run_config(data: str, output: str) -> RunConfig:
-    """An autoencoder on random crops and flips, with noise, a decaying rate and a moving average."""
-    return RunConfig(
-        system=AutoencoderConfig(vae=VAE),
-        output=output,
-        data=DataConfig(folder=data, resolution=SIZE, crop="random", flip=0.5, held_out=2),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=5),
-        train=TrainConfig(steps=STEPS, batch_size=8, ema_decay=0.9, checkpoint_every=EVERY),
-    )
+STEPS, EVERY = 60, 5
+RHYTHM = {"steps": STEPS, "checkpoint_every": EVERY, "validate_every": 7}
 
 
-def final_state(output: Path) -> dict:
-    """Every array of the last checkpoint, by its path."""
-    state = ocp.StandardCheckpointer().restore((output / "checkpoints" / str(STEPS) / "state").absolute())
-    assert set(state) == {"step", "trainable", "opt_state", "ema", "key", "skipped"}
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its configuration file, its result."""
+    config = write_config(tmp_path_factory.mktemp("whole"))
+    changes = [f"train.{name}={value}" for name, value in RHYTHM.items()]
+    return config, train(load_config(config, changes))
 
 
-def killed_run(data: Path, output: Path, target: int) -> int:
-    """Starts the run in a process of its own and kills it once step `target` is logged; the steps it had logged."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_resume as t; "
-        f"t.train(t.run_config({str(data)!r}, {str(output)!r}))"
-    )
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    with (output.parent / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=log, stdout=log, env=environment)
-    metrics, logged = output / "metrics.jsonl", 0
-    # Saves are finished in the background, and a finished one has its number for a name: kill none before it has one.
-    while process.poll() is None and (logged <= target or not any((output / "checkpoints").glob("[0-9]*"))):
-        time.sleep(0.005)
-        logged = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, (output.parent / "log").read_text()[-2000:]
-    return logged
+def without_speed(output):
+    return [record | {"images_per_second": 0} for record in read_metrics(output / "metrics.jsonl")]
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    data = write_folder(tmp_path / "data")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    result = train(run_config(str(data), str(whole)))
-    assert result.skipped == 0 and result.exported.is_dir() and result.picture.is_file()
+def test_killed_and_stopped_and_resumed_equals_uninterrupted(whole, tmp_path):
+    config, run = write_config(tmp_path), tmp_path / "run"
+    process = start(config, devices=8, **RHYTHM)
+    target = random.randint(EVERY + 1, STEPS // 3)
+    wait_for_steps(process, run, target, checkpoint=True)
+    process.kill()
+    code, log = ended(process, config)
+    assert code == -signal.SIGKILL, log
+    assert not (run / "checkpoints" / str(STEPS)).exists()
 
-    logged = killed_run(data, cut, random.randint(2 * EVERY + 2, STEPS - 3 * EVERY))
-    assert EVERY < logged < STEPS
-    assert not (cut / "checkpoints" / str(STEPS)).exists()
-    resumed = train(run_config(str(data), str(cut)), resume=True)
+    process = start(config, "--auto-resume", devices=8, **RHYTHM)
+    wait_for_steps(process, run, random.randint(STEPS // 3 + 2, STEPS // 2))
+    process.send_signal(signal.SIGTERM)
+    code, log = ended(process, config)
+    assert code == 143, log
+    line = log.strip().splitlines()[-1]
+    assert line.startswith("train.py: stopped by SIGTERM after step ") and line.endswith("--resume"), log
+    stopped = int(line.split("after step ")[1].split(";")[0])
+    assert stopped < STEPS and len(final_state(run, stopped)) > 5
+    assert [record["step"] for record in without_speed(run) if "skipped" in record] == list(range(stopped))
 
-    found, expected = final_state(cut), final_state(whole)
-    assert found.keys() == expected.keys()
-    for path, array in expected.items():
-        np.testing.assert_array_equal(found[path], array, err_msg=f"killed at {logged}: {path}")
-    assert resumed.after == result.after and resumed.before == result.before
-    records = [read_metrics(folder / "metrics.jsonl") for folder in (cut, whole)]
-    for ours, theirs in zip(*records, strict=True):
-        assert ours | {"images_per_second": 0} == theirs | {"images_per_second": 0}
-    assert json.loads((cut / "config.json").read_text())["train"]["steps"] == STEPS
+    changes = [f"train.{name}={value}" for name, value in RHYTHM.items()]
+    result = train(load_config(config, changes), resume=True)
+    reference, expected = whole
+    assert_same_state(final_state(run, STEPS), final_state(reference.parent / "run", STEPS))
+    assert result.after == expected.after and result.before == expected.before and result.weights == expected.weights
+    assert without_speed(run) == without_speed(reference.parent / "run")
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == STEPS
+
+
+def test_held_out_losses_are_logged_on_the_way(whole):
+    config, result = whole
+    records = read_metrics(config.parent / "run/metrics.jsonl")
+    validations = [record for record in records if "validation/face" in record]
+    assert [record["step"] for record in validations] == list(range(6, STEPS, 7))
+    assert result.before["face"] > validations[0]["validation/face"] > validations[-1]["validation/face"]
+    assert sum("loss/face" in record for record in records) == STEPS
+
+
+def test_a_run_without_finite_gradients_ends(tmp_path):
+    config = load_config(write_config(tmp_path))
+    with pytest.raises(ValueError, match=r"nothing is learnt: no gradient of steps 0 to 2 was finite"):
+        train(replace(config, system=DenseConfig(broken=True)))
+
+
+def test_ctrl_c_spares_loader_processes(tmp_path):
+    """A terminal sends SIGINT to the whole group; the loader's processes must not die of it before the checkpoint."""
+    config, run = write_config(tmp_path), tmp_path / "run"
+    process = start(config, "--set", "data.workers=1", steps=5000, profile="1,2")
+    wait_for_steps(process, run, 5)
+    process.send_group(signal.SIGINT)
+    code, log = ended(process, config)
+    assert code == 130 and "stopped by SIGINT after step" in log and "Traceback" not in log, log
+    assert any((run / "checkpoints").glob("[0-9]*"))
+    assert len(list((run / "profile").rglob("*.xplane.pb"))) == 1

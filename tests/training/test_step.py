@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_models import assert_trees_close, assert_trees_equal
+from tiny_models import QUICK, assert_trees_close, assert_trees_equal
 
 from fairhuman_jax.systems.contract import sample_keys
+from fairhuman_jax.training.combining import FairConfig, init_fair
 from fairhuman_jax.training.sharding import make_mesh, replicate, shard_batch
 from fairhuman_jax.training.state import OptimizerConfig, init_state, learning_rate_schedule, make_optimizer
-from fairhuman_jax.training.step import FairConfig, make_train_step
+from fairhuman_jax.training.step import make_train_step
 
 ADAM = make_optimizer(OptimizerConfig(learning_rate=0.1), 100)
 SGD = optax.sgd(1.0)
@@ -63,16 +64,24 @@ def batches(count: int, rows: int = 16, **replaced):
 
 @functools.cache
 def compiled(devices, fsdp, fair, system, rule, clip_norm, ema_decay, accumulate):
-    """The step on a mesh of the first devices, which tests share."""
+    """(mesh, step) on the first devices, which tests share; compiled at its first call."""
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     step = make_train_step(system, rule, mesh, fair, accumulate=accumulate, clip_norm=clip_norm, ema_decay=ema_decay)
-    return mesh, step
+    programs = []
+
+    def quick(*arguments):
+        if not programs:
+            programs.append(step.lower(*arguments).compile(QUICK))
+        return programs[0](*arguments)
+
+    return mesh, quick
 
 
 def run(data, *, devices=1, fsdp=1, fair=FAIR, system=THREE, rule=ADAM, clip_norm=1.0, ema_decay=0.9, accumulate=1):
     """(state, metrics of each step) after one step a batch."""
     mesh, step = compiled(devices, fsdp, fair, system, rule, clip_norm, ema_decay, accumulate)
-    state = init_state(trainables(), rule, jax.random.key(5), ema=ema_decay is not None)
+    combining = init_fair(fair, len(system.names))
+    state = init_state(trainables(), rule, jax.random.key(5), ema=ema_decay is not None, fair=combining)
     state, frozen = replicate(mesh, (state, FROZEN))
     history = []
     for batch in data:
@@ -93,7 +102,8 @@ def test_eight_devices_equal_one(devices, fsdp):
     assert state.step == 3 and state.skipped == 0
     for record, expected in zip(found, records, strict=True):
         assert record.keys() == expected.keys()
-        np.testing.assert_allclose([*record.values()], [*expected.values()], rtol=1e-5)
+        names = [name for name in expected if name != "residual"]  # of the size of rounding
+        np.testing.assert_allclose([record[name] for name in names], [expected[name] for name in names], rtol=1e-5)
 
 
 def test_micro_batches_on_a_mesh_equal_one_batch():
@@ -207,6 +217,36 @@ def test_a_batch_without_hands_is_a_step_of_two_tasks():
         np.testing.assert_allclose(metrics[f"weight/{name}"], others[f"weight/{name}"], rtol=1e-5)
 
 
+def rule_runs(method, accumulate=1, steps=4, **options):
+    state, records = run(batches(steps), fair=FairConfig(method=method, **options), devices=4, accumulate=accumulate)
+    alone, _ = run(batches(steps), fair=FairConfig(method=method, **options))
+    return state, alone, records
+
+
+@pytest.mark.parametrize(
+    ("method", "accumulate"),
+    [("log_sum", 2), ("uncertainty", 1), ("famo", 2), ("rlw", 1), ("mgda", 2), ("pcgrad", 1), ("nash_mtl", 1)],
+)
+def test_every_rule_trains_the_same_on_devices_and_micro_batches(method, accumulate):
+    state, alone, records = rule_runs(method, accumulate)
+    assert_trees_close((state.trainable, state.fair), (alone.trainable, alone.fair), 1e-4)
+    assert records[-1]["loss/global"] < records[0]["loss/global"] and records[-1]["skipped"] == 0
+
+
+def test_graddrop_trains():
+    state, records = run(batches(4), fair=FairConfig(method="graddrop"), devices=4)
+    assert records[-1]["loss/global"] < records[0]["loss/global"] and state.skipped == 0
+
+
+def test_the_state_of_a_rule_stays_where_a_gradient_was_not_finite():
+    first, broken = list(batches(2))
+    broken["x"] = broken["x"] * np.nan
+    fair = FairConfig(method="uncertainty", options=(("learning_rate", 0.1),))
+    before, _ = run([first], fair=fair)
+    assert_trees_equal(run([first, broken], fair=fair)[0].fair, before.fair)
+    assert np.abs(before.fair.rule["value"]).min() > 0.05
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_weights_are_filed_under_their_own_objectives(accumulate):
     """The order of the objectives is not that of the alphabet."""
@@ -271,8 +311,38 @@ def test_learning_rates_by_step():
     assert rates(warmup_steps=10) == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0])
     cosine = rates(schedule="cosine", warmup_steps=10, final_fraction=0.2)
     assert cosine == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2])
-    with pytest.raises(ValueError, match=r"optimizer\.schedule='linear'; known: constant, cosine"):
-        rates(schedule="linear")
+    linear = rates(schedule="linear", warmup_steps=10, final_fraction=0.2)
+    assert linear == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2])
+    with pytest.raises(ValueError, match=r"optimizer\.schedule='step'; known: constant, linear, cosine"):
+        rates(schedule="step")
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_every_optimiser_goes_downhill_and_decays_kernels_alone(name):
+    tree = {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}
+    rule = make_optimizer(OptimizerConfig(name=name, learning_rate=0.1, weight_decay=0.5), 10)
+    still, _ = rule.update(jax.tree.map(jnp.zeros_like, tree), rule.init(tree), tree)
+    assert float(still["kernel"].max()) == pytest.approx(-0.05) and float(jnp.abs(still["bias"]).max()) == 0.0
+    moved, _ = rule.update(tree, rule.init(tree), tree)
+    assert all(float(leaf.max()) < -0.05 for leaf in moved.values())
+
+
+def test_first_moments_in_half_precision():
+    tree = {"kernel": jnp.ones((4, 5))}
+    state = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"), 10).init(tree)
+    assert sorted(leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim) == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "adam"}, r"optimizer\.name='adam'; known: adamw, lion, adafactor"),
+        ({"moment_dtype": "int8"}, r"optimizer\.moment_dtype='int8'; known: float32, bfloat16"),
+    ],
+)
+def test_unknown_optimisers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(OptimizerConfig(**changes), 10)
 
 
 def test_the_average_follows_quickly_at_first_and_slowly_later():

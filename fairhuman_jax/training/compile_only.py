@@ -1,0 +1,292 @@
+"""The train step of a configuration compiled for a TPU slice that is not there: memory, arithmetic, communication.
+
+Parameters, state and batch are shapes; the compiler is the TPU's own (libtpu), and so are its refusals. Nothing is
+read but configs, nothing is computed, and one host compiles for thousands of chips, since all run one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from fairhuman_jax.data.shards import MANIFEST, ShardedDataset
+from fairhuman_jax.systems.contract import Batch, System
+from fairhuman_jax.systems.fairhuman import FairHumanConfig
+from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, numbered
+from fairhuman_jax.systems.pipelines import open_pipeline
+from fairhuman_jax.training.combining import init_fair
+from fairhuman_jax.training.config import RunConfig
+from fairhuman_jax.training.logging import table
+from fairhuman_jax.training.program_cost import Traffic, collectives, flops
+from fairhuman_jax.training.sharding import BATCH_SPEC, WHOLE, leaf_specs, make_mesh, named
+from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
+from fairhuman_jax.training.step import make_train_step
+
+PyTree = Any
+GIB = 2**30
+FORMS = "v5e:4x4 or v6e:8x8 (two sides), v4:2x2x1, v5p:4x4x4 or tpu7x:2x2x1 (three sides)"
+# GiB that programs may use, by device kind: what the compiler of libtpu 0.0.51 says when it refuses one.
+HBM = {
+    "TPU v2": 7.48,
+    "TPU v3": 15.48,
+    "TPU v4": 30.75,
+    "TPU v5 lite": 15.75,
+    "TPU v5": 95.73,
+    "TPU v6 lite": 31.24,
+    "TPU7x": 94.74,
+}
+# No chip is touched: another process may hold them, no metadata server need be asked, and no worker is named.
+LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # of this host; the topology compiled for is another matter
+}
+_REFUSAL = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One chip's share of a compiled train step; sizes in bytes, `hbm` what programs may use of a chip's memory.
+
+    Of a program that does not fit the compiler gives `needed` alone, in its own words; `flops` counts products and
+    convolutions (training.program_cost), `seconds` is the time of lowering and compiling.
+    """
+
+    topology: str
+    chips: int
+    kind: str
+    mesh: tuple[int, int]
+    samples: float
+    hbm: int | None
+    flops: int
+    seconds: float
+    needed: str | None = None
+    arguments: int = 0
+    outputs: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    code: int = 0
+    traffic: dict[str, Traffic] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler has accepted the program."""
+        return self.needed is None
+
+
+def compile_only(config: RunConfig, topology: str, *, encoded: bool = False) -> str:
+    """What the train step of `config` needs on each chip of a TPU slice such as "v5p:4x4x4", as a table.
+
+    The batch is the global `train.batch_size`, of pictures and captions or encoded as the run would have them;
+    `encoded` has latents and text embeddings in any case, so that the step holds the denoiser alone.
+    Errors, one line each: no libtpu; a topology that does not exist; a batch that does not divide over it; a model
+    whose shapes are not known.
+    """
+    return describe_report(compile_step(config, topology, encoded=encoded))
+
+
+def compile_step(config: RunConfig, topology: str, *, encoded: bool = False) -> StepReport:
+    """The figures of `compile_only`."""
+    devices = topology_devices(topology)
+    train = config.train
+    mesh = make_mesh(train.fsdp, devices)
+    share = len(devices) * train.accumulate
+    if train.batch_size % share:
+        micro = f" x {train.accumulate} micro-batches" if train.accumulate > 1 else ""
+        raise ValueError(
+            f"train.batch_size={train.batch_size} does not divide over the {len(devices)} chips of {topology}{micro}; "
+            f"make it a multiple of {share}"
+        )
+    step, arguments = abstract_step(config, mesh, encoded=encoded)
+    began = time.monotonic()
+    traced = step.trace(*arguments)
+    report = StepReport(
+        topology=topology,
+        chips=len(devices),
+        kind=devices[0].device_kind,
+        mesh=(mesh.shape["data"], mesh.shape["fsdp"]),
+        samples=train.batch_size / len(devices),
+        hbm=_hbm(devices[0].device_kind),
+        flops=flops(traced.jaxpr),
+        seconds=0.0,
+    )
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = _REFUSAL.search(str(error))
+        if refused is None:
+            raise
+        return dataclasses.replace(report, needed=f"{refused[1]}iB", seconds=time.monotonic() - began)
+    memory = compiled.memory_analysis()
+    return dataclasses.replace(
+        report,
+        seconds=time.monotonic() - began,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        traffic=collectives(compiled.as_text()),
+    )
+
+
+def describe_report(report: StepReport) -> str:
+    """A report as a heading and an aligned table."""
+    data, fsdp = report.mesh
+    hbm = "" if report.hbm is None else f" of {report.hbm / GIB:.2f} GiB"
+    rows = []
+    if report.needed is not None:
+        rows.append(("memory", f"does not fit: {report.needed} needed{hbm}"))
+    else:
+        sizes = ("arguments", "outputs", "temporaries", "code")
+        rows += [(name, f"{getattr(report, name) / GIB:.2f} GiB") for name in sizes]
+        rows.append(("peak", f"{report.peak / GIB:.2f}{hbm or ' GiB'}: fits"))
+    rows.append(("products and convolutions", f"{report.flops / 1e12:.3g} TFLOP a step"))
+    for kind, traffic in report.traffic.items():
+        rows.append((kind, f"{traffic.count} a step, {traffic.bytes / 2**20:.3g} MiB of results"))
+    rows.append(("compiled in", f"{report.seconds:.0f} s"))
+    heading = (
+        f"{report.topology}: {report.chips} chips ({report.kind}), mesh data {data} x fsdp {fsdp}, "
+        f"{report.samples:g} samples a chip"
+    )
+    return f"{heading}\n{table([{'on each chip': name, '': value} for name, value in rows])}"
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def abstract_step(
+    config: RunConfig, mesh: jax.sharding.Mesh, *, encoded: bool = False
+) -> tuple[Any, tuple[PyTree, PyTree, PyTree]]:
+    """The trainer's step for `mesh` and the shapes of its arguments, placed as the trainer places them."""
+    train = config.train
+    system = abstract_system(config.system)
+    optimizer = make_optimizer(config.optimizer, train.steps)
+    step = make_train_step(
+        system,
+        optimizer,
+        mesh,
+        config.fair,
+        accumulate=train.accumulate,
+        clip_norm=config.optimizer.clip_norm,
+        ema_decay=train.ema_decay,
+        split_frozen=train.shard_frozen,
+    )
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = system.pipeline.params if isinstance(system, LatentDiffusion) else {}
+    trainable, frozen = jax.eval_shape(lambda key, params: _with_params(system, params).init(key), key, params)
+    batch = batch_shapes(system, config, encoded=encoded)
+    local = {name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
+    local["position"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+    count = len(jax.eval_shape(partial(_objectives, system), trainable, frozen, local, key))
+
+    def start(trainable: PyTree, key: jax.Array) -> TrainState:
+        fair = init_fair(config.fair, count)
+        return init_state(trainable, optimizer, key, ema=train.ema_decay is not None, fair=fair)
+
+    state = jax.eval_shape(start, trainable, key)
+    specs = leaf_specs(mesh, frozen) if train.shard_frozen else jax.tree.map(lambda _: WHOLE, frozen)
+    return step, (
+        jax.tree.map(_placed, state, named(mesh, leaf_specs(mesh, state))),
+        jax.tree.map(_placed, frozen, named(mesh, specs)),
+        jax.tree.map(lambda leaf: _placed(leaf, NamedSharding(mesh, BATCH_SPEC)), batch),
+    )
+
+
+def abstract_system(config: Any) -> System:
+    """The system of a configuration; a FairHuman's base has shapes for parameters.
+
+    Its `vae` is not looked for: another autoencoder for the same base differs in numbers alone.
+    """
+    if not isinstance(config, FairHumanConfig):
+        return config.build()
+    runtime = {"dtype": config.dtype, "remat": config.remat, "attention": config.attention}
+    return config.attach(open_pipeline(config.base, shapes_only=True, **runtime))
+
+
+def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of one global batch as the trainer's loader makes them; `encoded`: see `compile_only`."""
+    count, side = config.train.batch_size, config.data.resolution
+    pixels = (count, side, side)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((*pixels, 3), jnp.uint8),
+        "face_mask": ((*pixels, 1), jnp.uint8),
+        "hand_mask": ((*pixels, 1), jnp.uint8),
+        "time_ids": ((count, 6), jnp.float32),
+    }
+    if isinstance(system, LatentDiffusion):
+        stored = _stored(config.data.folder)
+        if system.controlnets or system.adapters:
+            shapes["conditioning_image"] = ((*pixels, 3), jnp.uint8)
+        if encoded or config.data.cache_latents or "latent_mean" in stored:
+            del shapes["image"]
+            latents = ((count, *system.latent_shape(side, side)), jnp.float16)
+            shapes |= {"latent_mean": latents, "latent_logvar": latents}
+        ids = {
+            numbered("input_ids", i): ((count, encoder.to_config()["max_position_embeddings"]), jnp.int32)
+            for i, encoder in enumerate(system.pipeline.text_encoders)
+        }
+        if encoded or "texts" in stored:
+            tokens = {name: jax.ShapeDtypeStruct(*shape) for name, shape in ids.items()}
+            hidden, pooled = jax.eval_shape(system.encode_text, system.pipeline.params, tokens)
+            ids = {"text_hidden": (hidden.shape, jnp.float16), "text_pooled": (pooled.shape, jnp.float16)}
+        shapes |= ids
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def _stored(folder: str | None) -> frozenset[str]:
+    """Names in a record of a folder of shards; none of other data, and none where it is not at hand."""
+    if folder is None or not (Path(folder) / MANIFEST).is_file():
+        return frozenset()
+    return frozenset(ShardedDataset(folder)[0])
+
+
+def _with_params(system: System, params: PyTree) -> System:
+    """The system with parameters that are traced, as `init` looks at their shapes."""
+    if not isinstance(system, LatentDiffusion):
+        return system
+    pipeline = dataclasses.replace(system.pipeline, params=params)
+    return dataclasses.replace(system, pipeline=pipeline)  # pyright: ignore[reportReturnType]
+
+
+def _objectives(system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
+    return system.objectives(system.predict(trainable, frozen, batch, key), batch)
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+# ---- chips -----------------------------------------------------------------------------------------------------------
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """The devices of a TPU slice, which can be compiled for and nothing else. Errors: see `compile_only`."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("compiling for TPUs needs libtpu: pip install 'fairhuman_jax[tpu-aot]'")
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # else two devices a chip
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{topology!r} is no TPU topology ({reason}); write it as {FORMS}") from error
+
+
+def _hbm(kind: str) -> int | None:
+    return round(HBM[kind] * GIB) if kind in HBM else None
