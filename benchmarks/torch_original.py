@@ -2,6 +2,8 @@
 
     python benchmarks/torch_original.py                         # a LoRA of rank 16
     python benchmarks/torch_original.py --trainable controlnet
+    taskset -c 0 python benchmarks/torch_original.py --threads 1    # one core for both: on a machine with other work,
+                                                                    # where torch's threads wait for each other
 
 The published scheme: one forward pass whose graph is kept, a backward pass for each objective, every gradient copied
 into its column of a dense float32 matrix of P x 3 that is allocated at each step, the Gram matrix to the host, the
@@ -13,6 +15,7 @@ on both sides. "plain" has the global objective alone. Source: FairHuman (arXiv 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -184,9 +187,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's; XLA takes all cores it is given")
     parser.add_argument("--gradients", nargs="+", default=["stacked", "replay"])
     options = parser.parse_args()
 
+    torch.set_num_threads(options.threads)
     batch = random_batch(options.batch)
     original = TorchTrainer(options.trainable, options.rank, batch)
     calls = {"torch, plain": original.plain_step, "torch, published scheme": original.fair_step}
@@ -200,7 +205,8 @@ def main() -> None:
 
     print(
         f"people, {options.trainable}, {original.size:,} trained parameters, batch {options.batch}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, jax {jax.__version__}\n"
+        f"{len(os.sched_getaffinity(0))} cores, {options.threads} torch threads, torch {torch.__version__}, "
+        f"jax {jax.__version__}\n"
     )
     print("| step | s | over its own plain step |\n| --- | --- | --- |")
     for name, value in middle.items():

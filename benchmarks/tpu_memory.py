@@ -121,7 +121,7 @@ def line(row: Row, report: dict[str, Any]) -> str:
     traffic = ", ".join(
         f"{each['count']} {kind} ({each['bytes'] / GIB:.2f} GiB)" for kind, each in report["traffic"].items()
     )
-    cells += [f"{report['flops'] / 1e12:.1f}", traffic, f"{report['seconds']:.0f}"]
+    cells += [f"{report['flops'] / 1e12:.3g}", traffic, f"{report['seconds']:.0f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.systems.trainables import AdapterTrainable
+from fairhuman_jax.training.combining import FairConfig
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
-from fairhuman_jax.training.step import FairConfig
 
 # They leave pose and framing to the skeletons of the held-out pictures.
 PROMPTS = (

@@ -8,8 +8,8 @@ from fairhuman_jax.systems.autoencoder import AutoencoderConfig
 from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.systems.text_to_image import TextToImageConfig
+from fairhuman_jax.training.combining import FairConfig
 from fairhuman_jax.training.state import OptimizerConfig
-from fairhuman_jax.training.step import FairConfig
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from tiny_models import QUICK, SIZE, VAE, quick_jit, random_batch
 
 from fairhuman_jax.systems.autoencoder import AutoencoderConfig
 from fairhuman_jax.systems.contract import PreviewConfig
+from fairhuman_jax.training.combining import FairConfig
 from fairhuman_jax.training.sharding import make_mesh
 from fairhuman_jax.training.state import init_state
-from fairhuman_jax.training.step import FairConfig, make_train_step
+from fairhuman_jax.training.step import make_train_step
 from fairhuman_jax.weights import load_model
 
 KEY = jax.random.key(4)

@@ -23,9 +23,10 @@ from tiny_models import (
 
 from fairhuman_jax.systems.contract import sample_keys
 from fairhuman_jax.systems.text_to_image import TextToImageConfig
+from fairhuman_jax.training.combining import FairConfig
 from fairhuman_jax.training.sharding import make_mesh
 from fairhuman_jax.training.state import init_state
-from fairhuman_jax.training.step import FairConfig, make_train_step
+from fairhuman_jax.training.step import make_train_step
 from fairhuman_jax.weights import load_pipeline, save_model
 from fairhuman_jax.weights.tokenizers import save_tokenizer
 
