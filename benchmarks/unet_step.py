@@ -41,7 +41,10 @@ def inputs(config: dict[str, Any], pixels: int) -> dict[str, np.ndarray]:
 
 
 def ours(config: dict[str, Any], given: dict[str, np.ndarray], dtype: str, attention: str) -> Any:
-    """A call of this package's network, compiled."""
+    """A call of this package's network, compiled as `sample.py` compiles it."""
+    from fairhuman_jax.doors.common import choose_cpu_kernels
+
+    choose_cpu_kernels()
     import jax
     import jax.numpy as jnp
 

@@ -6,7 +6,8 @@ Needs: a folder with metadata.jsonl, masks and condition images (skeletons; `pyt
 reads it), and SDXL with its repaired autoencoder from the hub (about 7 GB, read once). Values are those of the
 published script, in bfloat16 instead of float16; there the ControlNet went on from one that is not published, here
 --set system.trainable.start=FOLDER does that. Memory before activations: 6.9 GB of frozen weights; 1,251 million
-trainables in float32 with two moments (15 GB) and their gradient (5 GB; 15 GB with fair.gradients=stacked).
+trainables in float32 with two moments (15 GB) and three gradients (15 GB); with train.accumulate=1 and
+fair.gradients=replay one (5 GB). train.fsdp=8 splits all but the frozen weights over eight devices.
 As published: --set system.x0_weight=inf --set system.compat=reference --set fair.method=sum
 """
 
@@ -44,7 +45,7 @@ def config() -> RunConfig:
         output="runs/fair_controlnet_sdxl",
         data=DataConfig(folder="dataset", held_out=32, resolution=1024, workers=2),
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.01, clip_norm=1.0),
-        fair=FairConfig(gradients="replay"),
+        fair=FairConfig(gradients="sequential"),
         train=TrainConfig(
             steps=51_000, batch_size=16, accumulate=4, seed=42, checkpoint_every=10_000, preview_every=1_000
         ),

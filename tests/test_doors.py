@@ -258,3 +258,18 @@ def test_every_core_becomes_a_device(flags, batch, expected):
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "own"), [("", True), ("--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT", False)]
+)
+def test_products_are_not_left_to_the_slower_library(flags, own):
+    code = (
+        "from fairhuman_jax.doors.common import choose_cpu_kernels as choose\n"
+        "choose()\n"
+        "import jax, jax.numpy as jnp\n"
+        "print('ynn' not in jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile().as_text())"
+    )
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == str(own)

@@ -1,4 +1,4 @@
-"""What both command lines do: refuse in one line, keep compiled programs, make devices of cores."""
+"""What both command lines do: refuse in one line, keep compiled programs, make the most of CPUs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
+import jaxlib
 from platformdirs import user_cache_dir
 
 from fairhuman_jax.config import ConfigError
 
 USER_ERRORS = (ConfigError, FileNotFoundError, ValueError, OSError)
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,17 @@ def refuse(parser: argparse.ArgumentParser, error: Exception, debug: bool) -> No
 def keep_compiled_programs() -> None:
     """A second start finds its compiled programs in the user's cache folder."""
     jax.config.update("jax_compilation_cache_dir", str(Path(user_cache_dir("fairhuman_jax")) / "xla"))
+
+
+def choose_cpu_kernels() -> None:
+    """On CPUs XLA's own convolutions and products, which jax 0.10 leaves to YNNPACK; before anything uses a device.
+
+    They are faster at the sizes of a UNet (docs/benchmarks.md). An XLA_FLAGS that sets the option is obeyed; other
+    versions of jaxlib are left alone, since one that does not know it would end the process.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if YNNPACK not in flags and jaxlib.__version__.startswith("0.10."):
+        os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}=".strip()
 
 
 def make_every_core_a_device(batch_size: int) -> None:

@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 from fairhuman_jax.data.folder import read_image, read_mask
 from fairhuman_jax.diffusion import RULES, rule_of
-from fairhuman_jax.doors.common import USER_ERRORS, add_debug, keep_compiled_programs, refuse, split_cpu
+from fairhuman_jax.doors.common import (
+    USER_ERRORS,
+    add_debug,
+    choose_cpu_kernels,
+    keep_compiled_programs,
+    refuse,
+    split_cpu,
+)
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
 from fairhuman_jax.systems.pipelines import open_system
 from fairhuman_jax.systems.sampling import make_request
@@ -40,6 +47,7 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
         if not options.prompts:
             raise ValueError("nothing to draw: give a prompt, or --prompts FILE")
         keep_compiled_programs()
+        choose_cpu_kernels()
         written = _sample(options)
     except USER_ERRORS as error:
         refuse(parser, error, options.debug)

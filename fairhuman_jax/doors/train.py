@@ -14,6 +14,7 @@ from fairhuman_jax.config import ConfigError, describe, load_config
 from fairhuman_jax.doors.common import (
     USER_ERRORS,
     add_debug,
+    choose_cpu_kernels,
     keep_compiled_programs,
     make_every_core_a_device,
     refuse,
@@ -93,6 +94,7 @@ def _run(
     if together and not options.distributed and None in peers:
         raise ConfigError("--coordinator, --processes and --process go together")
     keep_compiled_programs()
+    choose_cpu_kernels()
     if not together:
         refuse_one_of_many()
         make_every_core_a_device(config.train.batch_size // config.train.accumulate)
