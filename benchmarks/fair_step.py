@@ -30,6 +30,7 @@ import numpy as np
 
 from fairhuman_jax.config import load_config
 from fairhuman_jax.diffusion import NoiseSchedule
+from fairhuman_jax.doors.common import choose_cpu_kernels
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition, presets
 from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
 from fairhuman_jax.systems.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable
@@ -235,6 +236,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="count after XLA's optimisation too")
     parser.add_argument("--program-only", action="store_true", help="count the program as written alone: quick")
     options = parser.parse_args()
+    choose_cpu_kernels()
 
     device = jax.devices()[0].device_kind
     print(f"{options.model}, batch {options.batch}, rank {options.rank}, {device}, jax {jax.__version__}\n")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student
 
 from fairhuman_jax.config import load_config
+from fairhuman_jax.doors.common import choose_cpu_kernels, make_every_core_a_device
 from fairhuman_jax.losses import COMBINERS
 from fairhuman_jax.training.logging import METRICS, read_metrics
 from fairhuman_jax.training.loop import train
@@ -271,8 +271,8 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     jax.config.update("jax_compilation_cache_dir", str((options.output / "xla").absolute()))
-    batch_size = load_config(options.config, options.set).train.batch_size
-    jax.config.update("jax_num_cpu_devices", math.gcd(batch_size, os.cpu_count() or 1))
+    choose_cpu_kernels()
+    make_every_core_a_device(load_config(options.config, options.set).train.batch_size)
     try:
         records = study(options)
     except Interrupted as stopped:  # what is finished is kept

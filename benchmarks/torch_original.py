@@ -31,6 +31,7 @@ from peft import LoraConfig
 from scipy.optimize import least_squares
 from torch.nn import functional
 
+from fairhuman_jax.doors.common import choose_cpu_kernels
 from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
 from fairhuman_jax.systems.pipelines import open_pipeline
 from fairhuman_jax.systems.trainables import ControlNetTrainable, LoraTrainable
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's; XLA takes all cores it is given")
     parser.add_argument("--gradients", nargs="+", default=["stacked", "replay"])
     options = parser.parse_args()
+    choose_cpu_kernels()
 
     torch.set_num_threads(options.threads)
     batch = random_batch(options.batch)
