@@ -10,12 +10,23 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny_models import SIZE, SMALL_UNET, quick_jit, random_params, tiny_pipeline, tiny_xl_pipeline, with_middle
+from tiny_models import (
+    SIZE,
+    SMALL_UNET,
+    quick_jit,
+    random_network,
+    random_params,
+    tiny_pipeline,
+    tiny_xl_pipeline,
+    with_middle,
+)
 
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.models import ControlNet, T2IAdapter, UNet2DCondition
+from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
 from fairhuman_jax.systems.sampling import draw_latents, make_request
+from fairhuman_jax.systems.trainables import AdapterTrainable, ControlNetTrainable
 from fairhuman_jax.weights import save_model, save_pipeline
 
 PROMPTS, NEGATIVE = ["a person waves", "two hands"], "a face"
@@ -183,6 +194,26 @@ def test_t2i_adapters(tmp_path, kind):
     )
     system = LatentDiffusion(pipeline, adapters=(adapter,))
     assert_same(ours(system, params, latents=noise, conditions=[condition], scales=[0.7]), expected)
+
+
+@pytest.mark.parametrize("part", ["controlnet", "adapter"])
+def test_what_a_trainer_exports_draws_the_same(tmp_path, part):
+    pipeline = with_schedule(with_middle(tiny_pipeline()), UNIPC)
+    trainable = ControlNetTrainable() if part == "controlnet" else AdapterTrainable(num_res_blocks=1)
+    system = FairHumanConfig(trainable=trainable).attach(pipeline)
+    tree = random_network(system)
+    folder = system.export(tree, {}, tmp_path / "export", {})
+    kind, network, strength = {
+        "controlnet": ("StableDiffusionControlNetPipeline", "ControlNetModel", "controlnet_conditioning_scale"),
+        "adapter": ("StableDiffusionAdapterPipeline", "T2IAdapter", "adapter_conditioning_scale"),
+    }[part]
+    loaded = getattr(diffusers, network).from_pretrained(folder)
+    (condition,), (noise,) = pictures(), noises(1)
+    theirs = torch_pipeline(pipeline, tmp_path / "base", kind, **{part: loaded})
+    picture = image_batch(condition)
+    expected = call(theirs, latents=to_torch(noise), image=picture, height=SIZE, width=SIZE, **{strength: 0.7})
+    found = ours(system, pipeline.params | tree, latents=noise, conditions=[condition], scales=[0.7])
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("schedule", [DDIM, PNDM, EULER, DPM], ids=lambda config: config["_class_name"])
