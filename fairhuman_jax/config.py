@@ -123,7 +123,7 @@ def _read(text: str, hint: Any) -> Any:
         return hint[text]
     if (origin or hint) in (tuple, list):
         return _sequence(text, origin or hint, arguments)
-    if hint is Any or (origin or hint) is dict:
+    if hint is Any or (origin or hint) in (dict, Mapping):
         return _python(text, dict if hint is not Any else object)
     raise ConfigError(text)
 
@@ -242,7 +242,7 @@ def _decode(value: Any, hint: Any, where: str) -> Any:
                 return tuple(_decode(v, h, where) for v, h in zip(value, arguments, strict=True))
         else:
             return kind(_decode(item, arguments[0] if arguments else Any, where) for item in value)
-    elif (origin or hint) is dict and isinstance(value, Mapping):
+    elif (origin or hint) in (dict, Mapping) and isinstance(value, Mapping):
         item_hint = arguments[1] if arguments else Any
         return {key: _decode(item, item_hint, f"{where}.{key}") for key, item in value.items()}
     elif hint is Path and isinstance(value, str):

@@ -165,6 +165,7 @@ def test_describe_lists_every_key_as_set_takes_it():
     assert len({line.index(" = ") for line in text.splitlines()[1:]}) == 1
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 BODY = """
 from dataclasses import dataclass
 
@@ -192,3 +193,9 @@ def test_unusable_configuration_files(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_project_comes_back_from_its_json(path):
+    config = load_config(path)
+    assert from_json(type(config), to_json(config)) == config
