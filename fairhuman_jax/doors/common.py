@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 import jax
-import jaxlib
 from platformdirs import user_cache_dir
 
 from fairhuman_jax.config import ConfigError
@@ -41,7 +41,7 @@ def choose_cpu_kernels() -> None:
     versions of jaxlib are left alone, since one that does not know it would end the process.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if YNNPACK not in flags and jaxlib.__version__.startswith("0.10."):
+    if YNNPACK not in flags and version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}=".strip()
 
 
