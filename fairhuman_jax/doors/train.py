@@ -44,7 +44,7 @@ def train_door(arguments: Sequence[str] | None = None) -> None:
 
             print(compile_only(config, options.compile_only))
         else:
-            _run(parser, options, config, sys.argv[1:] if arguments is None else arguments)
+            _run(options, config, sys.argv[1:] if arguments is None else arguments)
     except USER_ERRORS as error:
         refuse(parser, error, options.debug)
 
@@ -81,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, config: RunConfig, arguments: Sequence[str]
-) -> None:
+def _run(options: argparse.Namespace, config: RunConfig, arguments: Sequence[str]) -> None:
     """Trains, and says how it ended."""
     if not options.debug:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what goes wrong with a checkpoint is said in one line

@@ -133,19 +133,19 @@ class Combining:
     def _weighted(self, point: Point, batch: Batch, weigh: Callable[[jax.Array], FairState]) -> Combined:
         """One pull-back, of the losses' weighted sum."""
 
-        def gradient_and_losses(here: Linearised, state: FairState) -> tuple[PyTree, jax.Array]:
-            return here.pull(state.coefficients), here.losses
-
         if self.accumulate == 1:
             here = point(batch)
-            state = weigh(here.losses)
-            gradient, losses = gradient_and_losses(here, state)
+            state, losses = weigh(here.losses), here.losses
+            gradient = here.pull(state.coefficients)
         else:
             # The weights come first: a forward pass of its own over the micro-batches, unless no rule looks at it.
             state = weigh(mean_over_micro_batches(lambda part: point(part).losses, batch, self.accumulate))
-            gradient, losses = mean_over_micro_batches(
-                lambda part: gradient_and_losses(point(part), state), batch, self.accumulate
-            )
+
+            def gradient_and_losses(part: Batch) -> tuple[PyTree, jax.Array]:
+                here = point(part)
+                return here.pull(state.coefficients), here.losses
+
+            gradient, losses = mean_over_micro_batches(gradient_and_losses, batch, self.accumulate)
         gradient = self._average(gradient)
         norm, losses = self._norm(gradient, losses)
         return gradient, state, losses, {"gradient_norm": norm, "finite": jnp.isfinite(norm)}

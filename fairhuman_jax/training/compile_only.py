@@ -30,7 +30,7 @@ from fairhuman_jax.training.logging import table
 from fairhuman_jax.training.program_cost import Traffic, collectives, flops
 from fairhuman_jax.training.sharding import BATCH_SPEC, WHOLE, leaf_specs, make_mesh, named
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
-from fairhuman_jax.training.step import make_train_step
+from fairhuman_jax.training.step import step_of_run
 
 PyTree = Any
 GIB = 2**30
@@ -173,17 +173,7 @@ def abstract_step(
     train = config.train
     system = abstract_system(config.system)
     optimizer = make_optimizer(config.optimizer, train.steps)
-    step = make_train_step(
-        system,
-        optimizer,
-        mesh,
-        config.fair,
-        accumulate=train.accumulate,
-        clip_norm=config.optimizer.clip_norm,
-        ema_decay=train.ema_decay,
-        split_frozen=train.shard_frozen,
-    )
-
+    step = step_of_run(config, system, optimizer, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = system.pipeline.params if isinstance(system, LatentDiffusion) else {}
     trainable, frozen = jax.eval_shape(lambda key, params: _with_params(system, params).init(key), key, params)

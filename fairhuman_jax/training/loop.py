@@ -36,7 +36,7 @@ from fairhuman_jax.training.reporting import (
 )
 from fairhuman_jax.training.sharding import make_mesh, place, replicate, shard_batch
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
-from fairhuman_jax.training.step import TrainStep, make_train_step
+from fairhuman_jax.training.step import TrainStep, step_of_run
 
 PyTree = Any
 
@@ -149,16 +149,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         mesh=mesh,
         frozen=frozen,
         state=state,
-        step=make_train_step(
-            system,
-            optimizer,
-            mesh,
-            config.fair,
-            accumulate=settings.accumulate,
-            clip_norm=config.optimizer.clip_norm,
-            ema_decay=settings.ema_decay,
-            split_frozen=settings.shard_frozen,
-        ),
+        step=step_of_run(config, system, optimizer, mesh),
         batches=batches,
         checkpoints=checkpoints,
         logger=_open_logger(config, names, start),

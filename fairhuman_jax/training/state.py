@@ -82,31 +82,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     Errors: an unknown name, schedule or dtype.
     """
     rate = learning_rate_schedule(config, steps)
-    moment_dtype = _moment_dtype(config.moment_dtype)
+    moments: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "mu_dtype": _moment_dtype(config.moment_dtype)}
+    decay: dict[str, Any] = {"weight_decay": config.weight_decay, "mask": _decaying}
     if config.name == "adamw":
-        return optax.adamw(
-            rate,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            mu_dtype=moment_dtype,
-            weight_decay=config.weight_decay,
-            mask=_decaying,
-        )
+        return optax.adamw(rate, eps=config.eps, **moments, **decay)
     if config.name == "lion":
-        return optax.lion(
-            rate,
-            b1=config.b1,
-            b2=config.b2,
-            mu_dtype=moment_dtype,
-            weight_decay=config.weight_decay,
-            mask=_decaying,
-        )
+        return optax.lion(rate, **moments, **decay)
     if config.name == "adafactor":
         return optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(config.weight_decay, _decaying),
+            optax.add_decayed_weights(**decay),
             optax.scale_by_learning_rate(rate),
         )
     raise ValueError(f"optimizer.name={config.name!r}; known: {', '.join(OPTIMIZERS)}")

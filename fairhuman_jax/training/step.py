@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from fairhuman_jax.systems.contract import Batch, System
 from fairhuman_jax.training.combining import Combining, FairConfig, Metrics
+from fairhuman_jax.training.config import RunConfig
 from fairhuman_jax.training.sharding import AXES, BATCH_SPEC, SPLIT_ABOVE, WHOLE, box, leaf_specs, named
 from fairhuman_jax.training.state import TrainState
 
@@ -75,6 +76,21 @@ def make_train_step(
         return _constrained(kept, mesh, split_above), metrics | {"skipped": kept.skipped}
 
     return jax.jit(step, donate_argnums=0, static_argnames="refresh")
+
+
+def step_of_run(config: RunConfig, system: System, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainStep:
+    """`make_train_step` with the settings of a run."""
+    train = config.train
+    return make_train_step(
+        system,
+        optimizer,
+        mesh,
+        config.fair,
+        accumulate=train.accumulate,
+        clip_norm=config.optimizer.clip_norm,
+        ema_decay=train.ema_decay,
+        split_frozen=train.shard_frozen,
+    )
 
 
 def _updated(
