@@ -30,8 +30,9 @@ _WANDB_ID = "wandb_id"
 class RunLogger:
     """Log of a run in `folder`: `metrics.jsonl`, TensorBoard; the bar goes to `stream` (None: stderr).
 
-    Step k is the record of update k, counted from 0. A run resumed after N updates passes `start_step=N`:
-    lines at or after that step are dropped from `metrics.jsonl`, because they will be written again.
+    Step k is the record of update k, counted from 0, and of what was measured before it. A run resumed after N updates
+    passes `start_step=N`: lines at or after that step are dropped from `metrics.jsonl`, because they will be written
+    again.
     `bar_keys` are the metrics shown beside the bar (None: the first six). `images_per_step` (the global
     batch) turns the time between two logs into `images_per_second`. `wandb` names a project of Weights & Biases that
     gets the same numbers and pictures, with `config`; the run keeps its place there when it is resumed.
@@ -84,11 +85,11 @@ class RunLogger:
         self._show(step, values)
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Record held-out losses after update `step` as validation/NAME, and say them above the bar."""
+        """Record held-out losses after `step` updates as validation/NAME, and say them above the bar."""
         if self._file is None:
             return
         self._write(step, {f"validation/{name}": _number(name, loss) for name, loss in losses.items()})
-        self.text(f"step {step + 1}: held-out " + ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))
+        self.text(f"step {step}: held-out " + ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._file is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,10 @@ class Result:
 
 @dataclass
 class Run:
-    """All parts of a run, made from its configuration; `state` is replaced step by step."""
+    """All parts of a run, made from its configuration; `state` is replaced step by step.
+
+    `pending` is a step whose metrics the device may still be computing: its index and they.
+    """
 
     config: RunConfig
     output: Path
@@ -73,6 +76,8 @@ class Run:
     measure: Callable[[PyTree, PyTree], dict[str, float]]
     draw: Callable[[PyTree, PyTree], np.ndarray]
     example: Mapping[str, np.ndarray]
+    clock: Clock = field(default_factory=Clock)
+    pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def losses(self) -> dict[str, float]:
         """Held-out losses now, in the system's order."""
@@ -82,19 +87,35 @@ class Run:
     def picture(self, step: int) -> None:
         """The preview now, filed under `step`."""
         self.logger.image(step, "sample", self.draw(self.state.averaged, self.frozen))
-        self.logger.pause()
+        self.pause()
 
-    def log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
-        """Reads the metrics of one step from the device and files them."""
-        if pending is not None:
-            index, metrics = pending
+    def pause(self) -> None:
+        """What went on since the last step counts as training for neither clock."""
+        self.logger.pause()
+        self.clock.pause()
+
+    def log(self) -> None:
+        """Waits for the pending metrics, if any, and files them."""
+        if self.pending is not None:
+            (index, metrics), self.pending = self.pending, None
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.logger.log(index, values)
             self.watch.note(index + 1, int(values["skipped"]))
 
     def save(self, done: int) -> None:
-        """Begins a checkpoint of the state after `done` steps."""
+        """Begins a checkpoint of the state after `done` steps; what is on record of them is on file before it is."""
+        self.log()
         self.checkpoints.save(done, self.state, self.batches.get_state(), to_dict(self.config))
+
+    def look(self, done: int) -> None:
+        """Held-out losses and a preview of the state after `done` steps, where they are due."""
+        settings = self.config.train
+        if _due(done, settings.validate_every):
+            self.log()
+            self.logger.validation(done, self.losses())
+            self.pause()
+        if done < settings.steps and _due(done, settings.preview_every):
+            self.picture(done)
 
     def __enter__(self) -> Run:
         return self
@@ -169,10 +190,9 @@ def train(config: RunConfig, *, resume: bool = False) -> Result:
     with prepare(config, resume=resume) as run:
         if int(run.state.step) == 0:
             measure_before(run)
-        clock = Clock()
         with StopSignal() as stop:
-            take_steps(run, clock, stop)
-        return measure_after(run, clock)
+            take_steps(run, stop)
+        return measure_after(run)
 
 
 def measure_before(run: Run) -> None:
@@ -185,19 +205,22 @@ def measure_before(run: Run) -> None:
     run.picture(0)
 
 
-def take_steps(run: Run, clock: Clock, stop: StopSignal) -> None:
+def take_steps(run: Run, stop: StopSignal) -> None:
     """All steps from the state's own to the last one. Raises Interrupted, with the checkpoint complete."""
     settings, refresh_every = run.config.train, run.config.fair.refresh_every
     agreed, trace = Agreement(run.mesh), TraceWindow(run.output / "profile", settings.profile)
-    pending = None
-    for index in range(int(run.state.step), settings.steps):
+    start = int(run.state.step)
+    if start:
+        run.look(start)  # after the checkpoint of a run that was stopped there was no time for it
+    for index in range(start, settings.steps):
         batch = shard_batch(run.mesh, shielded(run.batches.__next__))
         trace.begin(index)
         run.state, metrics = run.step(run.state, run.frozen, batch, index % refresh_every == 0)
         # The metrics read here are those of the step before: the device has its next work before the host waits.
-        run.log(pending)
-        pending = (index, metrics) if settings.log_every and index % settings.log_every == 0 else None
-        clock.tick()
+        run.log()
+        if settings.log_every and index % settings.log_every == 0:
+            run.pending = index, metrics
+        run.clock.tick()
 
         done = index + 1
         trace.end(done, metrics)
@@ -205,27 +228,17 @@ def take_steps(run: Run, clock: Clock, stop: StopSignal) -> None:
         if signum or done == settings.steps or _due(done, settings.checkpoint_every):
             run.save(done)
         if signum:
-            run.log(pending)
             trace.close()
             run.checkpoints.wait()
             raise Interrupted(signum, done)
-        if _due(done, settings.validate_every):
-            run.log(pending)
-            pending = None
-            run.logger.validation(index, run.losses())
-            run.logger.pause()
-            clock.pause()
-        if done < settings.steps and _due(done, settings.preview_every):
-            run.picture(done)
-            clock.pause()
-    run.log(pending)
+        run.look(done)
     trace.close()
     jax.block_until_ready(run.state.step)
-    clock.pause()
+    run.pause()
     run.checkpoints.wait()
 
 
-def measure_after(run: Run, clock: Clock) -> Result:
+def measure_after(run: Run) -> Result:
     """Held-out losses, a picture and the export; written by the first process, reported by all."""
     steps = run.config.train.steps
     after = run.losses()
@@ -240,7 +253,7 @@ def measure_after(run: Run, clock: Clock) -> Result:
         before=json.loads((run.output / "before.json").read_text()),
         after=after,
         weights=mean_weights(run.output / METRICS, run.names),
-        images_per_second=clock.ticks_per_second * run.config.train.batch_size,
+        images_per_second=run.clock.ticks_per_second * run.config.train.batch_size,
         skipped=int(run.state.skipped),
         exported=exported,
         picture=picture,

@@ -29,12 +29,12 @@ def start_pair(config, *options, timeout: int = 60, **settings):
 def test_two_processes_stopped_and_resumed_as_one_equal_one(tmp_path):
     """Trainables are split over both processes; the signal goes to one of them, and both stop at the same step."""
     pair, single = (write_config(tmp_path / name) for name in ("pair", "single"))
-    settings = {"steps": STEPS, "fsdp": 2, "shard_frozen": True, "validate_every": 3}
+    settings = {"steps": STEPS, "fsdp": 2, "shard_frozen": True, "validate_every": 1}
     code, log = ended(start(single, devices=2, **settings), single)
     assert code == 0, log
 
     processes = start_pair(pair, **settings)
-    wait_for_steps(processes[0], tmp_path / "pair/run", random.randint(6, STEPS // 2))
+    wait_for_steps(processes[0], tmp_path / "pair/run", random.randint(6, STEPS))
     processes[1].send_signal(signal.SIGTERM)
     ends = [ended(process, pair, f"log{index}") for index, process in enumerate(processes)]
     assert [code for code, _ in ends] == [143, 143], ends

@@ -54,9 +54,9 @@ def test_held_out_losses_have_lines_of_their_own(tmp_path):
     stream = io.StringIO()
     with RunLogger(tmp_path, 5, bar_keys=("loss",), stream=stream) as logger:
         logger.log(3, {"loss": 1.0})
-        logger.validation(3, {"global": 0.5, "face": float("nan")})
+        logger.validation(4, {"global": 0.5, "face": float("nan")})
     assert read_metrics(tmp_path / "metrics.jsonl")[1] == {
-        "step": 3,
+        "step": 4,
         "validation/global": 0.5,
         "validation/face": None,
     }
