@@ -1,4 +1,4 @@
-"""The two command lines, end to end on the smallest pipeline, and what they answer to bad input."""
+"""The command lines, end to end on the smallest pipeline, and what they answer to bad input."""
 
 from __future__ import annotations
 

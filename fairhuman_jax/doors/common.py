@@ -1,4 +1,4 @@
-"""What both command lines do: refuse in one line, keep compiled programs, make the most of CPUs."""
+"""What all command lines do: refuse in one line, keep compiled programs, make the most of CPUs."""
 
 from __future__ import annotations
 

@@ -1,17 +1,12 @@
-"""Command that writes latents and text embeddings: `python -m fairhuman_jax.training.encode CONFIG FOLDER --help`."""
+"""Latents and text embeddings of a whole data set, written once (doors/encode.py is its command line)."""
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from fairhuman_jax.config import load_config
 from fairhuman_jax.data.shards import SHARD_BYTES, ShardedDataset, ShardWriter
 from fairhuman_jax.training.config import DataConfig
 from fairhuman_jax.training.datasets import geometry, open_source
@@ -64,30 +59,3 @@ def encode_folder(
             written += 1
     readable = len({key for key in keys if key is not None})
     return Encoded(Path(folder), written, readable - len(missing), keys.count(None) + len(missing) - written)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse and run. Exit codes: 0, 2 (one line says what was wrong)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fairhuman_jax.training.encode",
-        description="Encodes the data of a configuration once; train with --set data.folder=FOLDER afterwards.",
-    )
-    parser.add_argument("config", help="a file of configs/")
-    parser.add_argument("folder", type=Path, help="where the shards go; an encoding that was stopped goes on there")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one field")
-    parser.add_argument("--no-text", action="store_true", help="keep captions as text: for training text encoders")
-    parser.add_argument("--shard-megabytes", type=int, default=SHARD_BYTES >> 20, help="size of a shard (default 512)")
-    options = parser.parse_args(arguments)
-    try:
-        config = load_config(options.config, options.set)
-        system = config.system.build()
-        _, params = system.init(jax.random.key(config.train.seed))
-        size = options.shard_megabytes << 20
-        done = encode_folder(config.data, system, params, options.folder, text=not options.no_text, shard_bytes=size)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-    print(f"{done.folder}: {done.written} samples encoded, {done.kept} kept, {done.bad} could not be read")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,9 +15,10 @@ from tiny_models import SIZE, write_folder
 from fairhuman_jax.data.folder import BadSample, FolderDataset
 from fairhuman_jax.data.shards import ShardedDataset
 from fairhuman_jax.data.transforms import JointTransform
+from fairhuman_jax.doors import encode_door
 from fairhuman_jax.training.config import DataConfig, TrainConfig
 from fairhuman_jax.training.datasets import open_data, training_batches
-from fairhuman_jax.training.encode import encode_folder, main
+from fairhuman_jax.training.encode import encode_folder
 from fairhuman_jax.training.latents import encode_samples
 
 
@@ -182,11 +183,11 @@ CONFIG = Config()
 def test_the_command_encodes_and_refuses_in_one_line(tmp_path, data, capsys):
     (tmp_path / "config.py").write_text(CONFIG)
     options = ["--set", f"data.folder={data.folder}", "--set", "data.resolution=16", "--no-text"]
-    main([str(tmp_path / "config.py"), str(tmp_path / "shards"), *options])
+    encode_door([str(tmp_path / "config.py"), str(tmp_path / "shards"), *options])
     assert "12 samples encoded, 0 kept, 0 could not be read" in capsys.readouterr().out
     sample = ShardedDataset(tmp_path / "shards")[0]
     assert sample["latent_mean"].shape == (8, 8, 3) and "texts" not in sample
     with pytest.raises(SystemExit) as exit_code:
-        main([str(tmp_path / "config.py"), str(data.folder), *options])
+        encode_door([str(tmp_path / "config.py"), str(data.folder), *options])
     output = capsys.readouterr().err
     assert exit_code.value.code == 2 and "write shards into an empty folder" in output.splitlines()[-1]
