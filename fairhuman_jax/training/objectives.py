@@ -38,14 +38,10 @@ class Linearised:
     def pull_each(self) -> PyTree:
         """As `pull_all`, by K pull-backs one after the other: one set of activation gradients at a time.
 
-        With rematerialisation each of them recomputes the forward pass.
+        With rematerialisation each of them recomputes the forward pass. A loop, since its results are written where
+        they stay: K gradients computed apart would be copied to stand side by side.
         """
-        gradients = []
-        for weights in jnp.eye(len(self.names), dtype=jnp.float32):
-            if gradients:  # what is pulled back next waits for the gradient before it
-                weights, gradients[-1] = jax.lax.optimization_barrier((weights, gradients[-1]))
-            gradients.append(self.pull(weights))
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
+        return jax.lax.map(self.pull, jnp.eye(len(self.names), dtype=jnp.float32))
 
 
 def linearise(system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Linearised:
