@@ -10,10 +10,7 @@ the door, not to train a model.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import subprocess
-import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -23,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from fairhuman_jax.data.export import METADATA, write_metadata, write_sample
+from fairhuman_jax.data.packages import Package, digest, download
 from fairhuman_jax.data.transforms import dilate_mask
 
-PACKAGE = "face_recognition==1.3.0"
-SHA256 = "5e5efdd1686aa566af0d3cc1313b131e4b197657a8ffd03669e6d3fad92705ec"
+PACKAGE = Package("face_recognition", "1.3.0", "5e5efdd1686aa566af0d3cc1313b131e4b197657a8ffd03669e6d3fad92705ec")
 DILATION = 16
 
 Box = tuple[int, int, int, int]
@@ -83,30 +80,14 @@ def box_mask(size: tuple[int, int], boxes: tuple[Box, ...], dilation: int = DILA
     return dilate_mask(mask, dilation)
 
 
-def fetch_package(folder: Path) -> bytes:
-    """Bytes of the source package, by pip into `folder`. Raises RuntimeError: no network, or another file."""
-    # A requirements file with the hash makes pip itself refuse another file before it runs any of it.
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE.split("==")[0]]
-    command += ["--require-hashes", "-r", str(requirements), "-d", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    archives = sorted(folder.glob("*.tar.gz"))
-    if done.returncode or not archives:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"pip could not download {PACKAGE} (a package index must be reachable): {reason}")
-    return archives[0].read_bytes()
-
-
 def write_portraits(folder: Path, package: bytes) -> Path:
     """Photos and masks from the package's bytes into `folder`; returns the path of `metadata.jsonl`.
 
     Raises ValueError when the bytes are not those of PACKAGE, FileExistsError when the folder holds metadata
     already.
     """
-    digest = hashlib.sha256(package).hexdigest()
-    if digest != SHA256:
-        raise ValueError(f"{PACKAGE}: sha256 is {digest}, expected {SHA256}; nothing was written")
+    if digest(package) != PACKAGE.sha256:
+        raise ValueError(f"{PACKAGE}: sha256 is {digest(package)}, expected {PACKAGE.sha256}; nothing was written")
     if (folder / METADATA).exists():
         raise FileExistsError(f"{folder / METADATA}: exists; choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,8 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
     folder = parser.parse_args(arguments).folder
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            path = write_portraits(folder, fetch_package(Path(scratch)))
-    except (RuntimeError, ValueError, FileExistsError) as error:
+            path = write_portraits(folder, download(PACKAGE, Path(scratch)).read_bytes())
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"wrote {len(PORTRAITS)} portraits: {path}")
 

@@ -11,6 +11,7 @@ from fairhuman_jax.losses.fairness import (
     make_combiner,
 )
 from fairhuman_jax.losses.gram import active_tasks, combine_weighted, gradient_scale, gram_matrix
+from fairhuman_jax.losses.heatmap import heatmap_mask, heatmap_weight, humansd_loss
 from fairhuman_jax.losses.regions import latent_mask, region_losses
 
 __all__ = [
@@ -22,6 +23,9 @@ __all__ = [
     "fair_combine",
     "gradient_scale",
     "gram_matrix",
+    "heatmap_mask",
+    "heatmap_weight",
+    "humansd_loss",
     "latent_mask",
     "make_combiner",
     "min_snr_weight",

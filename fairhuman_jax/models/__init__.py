@@ -6,6 +6,7 @@ from fairhuman_jax.models.attention import attention
 from fairhuman_jax.models.clip import CLIPText
 from fairhuman_jax.models.clip_vision import CLIPVision
 from fairhuman_jax.models.controlnet import ControlNet, controlnet_from_unet
+from fairhuman_jax.models.higher_hrnet import HigherHRNet, stage_mean
 from fairhuman_jax.models.lora import (
     TEXT_TARGETS,
     UNET_TARGETS,
@@ -26,6 +27,7 @@ __all__ = [
     "CLIPText",
     "CLIPVision",
     "ControlNet",
+    "HigherHRNet",
     "T2IAdapter",
     "UNet2DCondition",
     "attention",
@@ -34,5 +36,6 @@ __all__ = [
     "init_lora",
     "merge_lora",
     "scale_lora",
+    "stage_mean",
     "tiled_decode",
 ]

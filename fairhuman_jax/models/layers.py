@@ -52,17 +52,20 @@ class Conv(nn.Module):
     strides: int = 1
     padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
     dtype: Dtype = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         x = x.astype(self.dtype)
         y = self._convolve(x, kernel)
         if self.has_variable("lora", "down"):
             y = y + self._convolve(x, _lora(self, "down")) @ _lora(self, "up").astype(self.dtype)
-        return y + bias.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y = y + bias.astype(self.dtype)
+        return y
 
     def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         padding = self.padding

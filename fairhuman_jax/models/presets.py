@@ -1,6 +1,7 @@
 """Published model configurations, as their `config.json` files state them: full-size shapes without a download.
 
-`NAME_UNET`, `_CONTROLNET`, `_T2I_ADAPTER`, `_VAE`, `_TEXT` and `_VISION` go to the `from_config` of their network.
+`NAME_UNET`, `_CONTROLNET`, `_T2I_ADAPTER`, `_VAE`, `_TEXT` and `_VISION` go to the `from_config` of their network, and
+`HIGHER_HRNET_W48` to that of `HigherHRNet`.
 """
 
 from __future__ import annotations
@@ -256,4 +257,17 @@ CLIP_L_VISION = {  # CLIP ViT-L/14
     "num_hidden_layers": 24,
     "patch_size": 14,
     "projection_dim": 768,
+}
+
+HIGHER_HRNET_W48 = {  # mmpose 0.29.0, higherhrnet_w48_coco_512x512_udp.py
+    "_class_name": "HigherHRNet",
+    "blocks": 4,
+    "bottlenecks": 4,
+    "head_blocks": 4,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "joints": 17,
+    "stage_modules": [1, 4, 3],
+    "stem_channels": 64,
+    "widths": [48, 96, 192, 384],
 }

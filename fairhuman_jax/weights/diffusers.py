@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fairhuman_jax.models import AutoencoderKL, CLIPText, CLIPVision, ControlNet, T2IAdapter, UNet2DCondition
+from fairhuman_jax.models import (
+    AutoencoderKL,
+    CLIPText,
+    CLIPVision,
+    ControlNet,
+    HigherHRNet,
+    T2IAdapter,
+    UNet2DCondition,
+)
 from fairhuman_jax.weights.files import write_json
 from fairhuman_jax.weights.folders import read_config, weight_files
 from fairhuman_jax.weights.hub import fetch_model, is_hub_id
@@ -34,6 +42,7 @@ NETWORKS: dict[str, Any] = {
     "CLIPVisionModelWithProjection": CLIPVision,
     "ControlNetModel": ControlNet,
     "T2IAdapter": T2IAdapter,
+    "HigherHRNet": HigherHRNet,
 }
 LISTED = 4  # names an error spells out
 
@@ -106,8 +115,12 @@ def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp
 
 
 def expected_params(module: nn.Module) -> PyTree:
-    """Shapes and dtypes of a network's parameters, without computing any."""
-    return jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())["params"]
+    """Shapes and dtypes of a network's parameters, without computing any.
+
+    Of one with batch norms {"params", "batch_stats"}: its running statistics are loaded and saved with them.
+    """
+    variables = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())
+    return dict(variables) if "batch_stats" in variables else variables["params"]
 
 
 def class_name(config: dict[str, Any], folder: Path) -> str:

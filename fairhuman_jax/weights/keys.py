@@ -2,8 +2,9 @@
 
 The dotted path of a module is its torch name. A leaf `kernel` is the torch `weight` transposed (linear [in,
 out] from [out, in], convolution HWIO from OIHW); `scale` and `embedding` are `weight` as it is; `bias` is
-`bias`. Under a scanned module (`transformer_blocks`, `layers`) every leaf leads with a depth axis: one torch
-tensor a layer.
+`bias`. `transposed_kernel` is the `weight` of a transposed convolution, turned round in both spatial axes;
+`mean` and `var` of a batch norm are its running moments. Under a scanned module (`transformer_blocks`,
+`layers`) every leaf leads with a depth axis: one torch tensor a layer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ Path = tuple[str, ...]
 BLOCK = 256  # of the last axis, copied at once when a tensor is transposed
 LARGE = 1 << 20  # bytes from which on several threads copy
 STACKS = ("transformer_blocks", "layers")
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}  # others keep their name
+COLLECTIONS = ("params", "batch_stats")  # what a tree of variables begins with; no part of a name
+LEAF_NAMES = {  # others keep their name
+    "kernel": "weight",
+    "transposed_kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 
 # CLIP network -> the prefix of all its names but those of its projection.
 TOWERS = {"CLIPText": ("text_model.", "text_projection."), "CLIPVision": ("vision_model.", "visual_projection.")}
@@ -71,13 +80,17 @@ class Leaf:
 
 
 def leaves(params: PyTree) -> list[Leaf]:
-    """Every leaf of a tree (arrays or shapes), with its torch names and the torch shape of one tensor."""
+    """Every leaf of a tree (arrays or shapes), with its torch names and the torch shape of one tensor.
+
+    The tree is one of parameters, or of the collections of a network that has running statistics too.
+    """
     found = []
     for path, leaf in sorted(flatten_dict(params).items()):
         depth = leaf.shape[0] if is_stacked(path) else None
         shape = leaf.shape if depth is None else leaf.shape[1:]
         last = LEAF_NAMES.get(path[-1], path[-1])
-        names = tuple(f"{module}.{last}" for module in module_names(path[:-1], depth))
+        module = path[1:-1] if path[0] in COLLECTIONS else path[:-1]
+        names = tuple(f"{name}.{last}" for name in module_names(module, depth))
         found.append(Leaf(path, names, torch_shape(shape, path[-1]), tuple(leaf.shape), depth is not None))
     return found
 
@@ -96,6 +109,8 @@ def module_names(module: Path, depth: int | None) -> tuple[str, ...]:
 
 def to_torch(array: np.ndarray, leaf: str) -> np.ndarray:
     """One unstacked array in torch's axis order."""
+    if leaf == "transposed_kernel":
+        return array[::-1, ::-1].transpose(2, 3, 0, 1)
     if leaf != "kernel":
         return array
     return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
@@ -103,6 +118,8 @@ def to_torch(array: np.ndarray, leaf: str) -> np.ndarray:
 
 def from_torch(array: np.ndarray, leaf: str) -> np.ndarray:
     """One torch tensor in our axis order."""
+    if leaf == "transposed_kernel":
+        return array.transpose(2, 3, 0, 1)[::-1, ::-1]
     if leaf != "kernel":
         return array
     return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
@@ -141,6 +158,8 @@ def _copy(into: np.ndarray, array: np.ndarray) -> None:
 
 def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
     """The torch shape of an unstacked array."""
+    if leaf == "transposed_kernel":
+        return shape[2:] + shape[:2]
     if leaf != "kernel":
         return tuple(shape)
     return tuple(shape[::-1]) if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
@@ -150,7 +169,7 @@ def canonical_names(network: str, names: Iterable[str]) -> dict[str, str]:
     """Our name of every tensor in a file -> its name there, for the dialects of one network class.
 
     CLIP: transformers 5 writes no `text_model.` or `vision_model.` prefix, version 4 does, and old files carry a
-    `position_ids` buffer. AutoencoderKL: old attention names.
+    `position_ids` buffer. AutoencoderKL: old attention names. HigherHRNet: torch's batch norms count their batches.
     """
     names = tuple(names)
     if network in TOWERS:
@@ -160,6 +179,8 @@ def canonical_names(network: str, names: Iterable[str]) -> dict[str, str]:
         return {name if prefixed or name.startswith(head) else f"{prefix}{name}": name for name in kept}
     if network == "AutoencoderKL":
         return {_current_attention_name(name): name for name in names}
+    if network == "HigherHRNet":
+        return {name: name for name in names if not name.endswith(".num_batches_tracked")}
     return {name: name for name in names}
 
 

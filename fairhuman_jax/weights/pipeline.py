@@ -54,6 +54,11 @@ class Pipeline:
         return self.unet.in_channels == 2 * self.vae.config["latent_channels"] + 1
 
     @property
+    def reads_pose(self) -> bool:
+        """Whether the UNet reads, beside its latents, those of a pose picture (HumanSD)."""
+        return self.unet.in_channels == 2 * self.vae.config["latent_channels"]
+
+    @property
     def text_encoder_names(self) -> tuple[str, ...]:
         """Names of the text encoders, in diffusers' folders and in `params`."""
         names = ("text_encoder", "text_encoder_2")

@@ -11,6 +11,7 @@ from fairhuman_jax.models import (
     CLIPText,
     CLIPVision,
     ControlNet,
+    HigherHRNet,
     T2IAdapter,
     UNet2DCondition,
     presets,
@@ -18,7 +19,7 @@ from fairhuman_jax.models import (
 from fairhuman_jax.weights import expected_params
 from fairhuman_jax.weights.keys import leaves
 
-# Parameters and torch tensors, counted in diffusers and transformers.
+# Parameters and torch tensors, counted in diffusers, transformers and mmpose.
 COUNTS = {
     "SD15_UNET": (UNet2DCondition, 859_520_964, 686),
     "SD15_INPAINT_UNET": (UNet2DCondition, 859_535_364, 686),
@@ -36,6 +37,7 @@ COUNTS = {
     "SD21_TEXT": (CLIPText, 340_387_840, 372),
     "SDXL_TEXT_2": (CLIPText, 694_659_840, 517),
     "CLIP_L_VISION": (CLIPVision, 303_966_208, 392),
+    "HIGHER_HRNET_W48": (HigherHRNet, 63_827_139 + 80_448, 1509),  # with the running statistics
 }
 SAME_NETWORK = {"SDXL_VAE": "SD_VAE", "SDXL_FP16_FIX_VAE": "SD_VAE", "SDXL_TEXT": "SD15_TEXT"}
 CONFIGS = {name: config for name, config in vars(presets).items() if name.isupper()}

@@ -1,0 +1,1 @@
+"""What is seen on photographs: poses of people, from networks and from files."""

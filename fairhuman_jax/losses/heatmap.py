@@ -1,0 +1,162 @@
+"""HumanSD's heatmap-guided denoising loss: what a pose network sees in the decoded error weighs the squared error.
+
+Two forms. As published: `heatmap_weight`, which counts the joints that are *not* seen and takes the count through the
+autoencoder's encoder. As the paper's figure shows it: `heatmap_mask`, one where joints are seen. Either goes into
+`humansd_loss`.
+Source: HumanSD (ICCV 2023, arXiv 2304.04269), ldm/models/diffusion/ddpm.py, LatentPoseText2ImageDiffusion_HumanSD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+SD_LATENT_SCALE = 0.18215
+CUBIC = -0.75  # torch's parameter of the cubic kernel; jax.image.resize has -0.5
+SHARE = jax.lax.Precision.HIGHEST  # small matrices whose rounding would show in counts of joints
+
+
+def heatmap_weight(
+    eps_hat: Array,
+    eps: Array,
+    *,
+    vae_decode: Callable[[Array], Array],
+    vae_encode_moments: Callable[[Array], tuple[Array, Array]],
+    pose_heatmap_fn: Callable[[Array], Array],
+    key: Array | None,
+    latent_scale: float = SD_LATENT_SCALE,
+    heat_threshold: float = 0.05,
+    sample_posterior: bool = True,
+) -> Array:
+    """The published weight W = s E(P), P = bicubic(number of joint types not seen in D((eps_hat - eps) / s)).
+
+    Far from people P is the constant J, so W is mostly one constant a latent channel, s E(J), of either sign.
+    Args: `eps_hat`, `eps` [B, h, w, c], noise; `vae_decode`: latents -> pictures [B, H, W, 3] about [-1, 1];
+    `vae_encode_moments`: pictures -> mean, log-variance [B, h, w, c], both on unscaled latents; `pose_heatmap_fn`:
+    pictures in [0, 1] -> heat maps [B, h', w', J] of any size; `key`: one, or typed keys [B], of the posterior sample,
+    None where `sample_posterior` is false and the mean is taken.
+    Returns fp32 [B, h, w, c] without gradient. Raises ValueError for a posterior sample without a key.
+    """
+    picture, heat = _seen(eps_hat, eps, vae_decode, pose_heatmap_fn, latent_scale)
+    missing = resize_bicubic(missing_joints(heat, heat_threshold), picture.shape[1:3])
+    mean, logvar = vae_encode_moments(jnp.broadcast_to(missing, picture.shape))
+    latents = mean.astype(jnp.float32)
+    if sample_posterior:
+        latents += jnp.exp(0.5 * logvar.astype(jnp.float32)) * _unit_noise(key, latents.shape)
+    return jax.lax.stop_gradient(latent_scale * latents)
+
+
+def heatmap_mask(
+    eps_hat: Array,
+    eps: Array,
+    *,
+    vae_decode: Callable[[Array], Array],
+    pose_heatmap_fn: Callable[[Array], Array],
+    latent_scale: float = SD_LATENT_SCALE,
+    heat_threshold: float = 0.05,
+) -> Array:
+    """The intended weight: the share of each latent cell in which some joint is seen, M = 1[max_j A_j > threshold].
+
+    Arguments as `heatmap_weight`. Returns fp32 [B, h, w, 1] in [0, 1] without gradient.
+    """
+    _, heat = _seen(eps_hat, eps, vae_decode, pose_heatmap_fn, latent_scale)
+    seen = (jnp.max(heat, axis=-1, keepdims=True) > heat_threshold).astype(jnp.float32)
+    return jax.lax.stop_gradient(average_area(seen, eps.shape[1:3]))
+
+
+def humansd_loss(
+    eps_hat: Array, eps: Array, W: Array, *, pose_loss_weight: float | Array = 0.1
+) -> tuple[Array, Array, Array]:
+    """Mean of (eps_hat - eps)^2 (1 + weight W), with that of each sample and the plain mean of (eps_hat - eps)^2.
+
+    `eps_hat`, `eps` [B, h, w, c]; `W` broadcastable to them, `heatmap_weight` or `heatmap_mask`; no gradient flows
+    through it. Returns fp32 scalars and [B]: (loss, per_sample, mse_plain). Raises ValueError when shapes differ.
+    """
+    if eps_hat.shape != eps.shape:
+        raise ValueError(f"humansd_loss: eps_hat {eps_hat.shape} and eps {eps.shape} differ in shape")
+    squared = jnp.square(eps_hat.astype(jnp.float32) - eps.astype(jnp.float32))
+    factor = 1.0 + pose_loss_weight * jax.lax.stop_gradient(W.astype(jnp.float32))
+    per_sample = jnp.mean(squared * factor, axis=tuple(range(1, squared.ndim)))
+    return jnp.mean(per_sample), per_sample, jnp.mean(squared)
+
+
+def missing_joints(heatmaps: Array, threshold: float = 0.05) -> Array:
+    """Number of heat maps that are at most `threshold`, at each pixel: fp32 [B, h, w, J] -> [B, h, w, 1] in 0 .. J."""
+    return jnp.sum(heatmaps.astype(jnp.float32) <= threshold, axis=-1, keepdims=True).astype(jnp.float32)
+
+
+def resize_bicubic(pixels: Array, size: Sequence[int]) -> Array:
+    """Bicubic resize [B, h, w, C] -> fp32 [B, *size, C] as torch's: a = -0.75, half-pixel centres, no antialiasing."""
+    return _resize(pixels, size, _bicubic_matrix)
+
+
+def resize_aligned(pixels: Array, size: Sequence[int]) -> Array:
+    """Bilinear resize [B, h, w, C] -> fp32 [B, *size, C] that maps corner to corner (torch's align_corners)."""
+    return _resize(pixels, size, _aligned_matrix)
+
+
+def average_area(pixels: Array, size: Sequence[int]) -> Array:
+    """Area average [B, h, w, C] -> fp32 [B, *size, C] for any sizes: each cell's mean over the part it covers."""
+    return _resize(pixels, size, _area_matrix)
+
+
+def _seen(
+    eps_hat: Array,
+    eps: Array,
+    vae_decode: Callable[[Array], Array],
+    pose_heatmap_fn: Callable[[Array], Array],
+    latent_scale: float,
+) -> tuple[Array, Array]:
+    """The decoded error as a picture in [0, 1] and the pose network's heat maps of it, without gradient."""
+    error = jax.lax.stop_gradient(eps_hat.astype(jnp.float32) - eps.astype(jnp.float32))
+    picture = jnp.clip((vae_decode(error / latent_scale).astype(jnp.float32) + 1.0) / 2.0, 0.0, 1.0)
+    return picture, pose_heatmap_fn(picture).astype(jnp.float32)
+
+
+def _unit_noise(key: Array | None, shape: tuple[int, ...]) -> Array:
+    if key is None:
+        raise ValueError("heatmap_weight: a posterior sample needs a key; expected one, or sample_posterior=False")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1:
+        return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(key)
+    return jax.random.normal(key, shape)
+
+
+def _resize(pixels: Array, size: Sequence[int], matrix: Callable[[int, int], np.ndarray]) -> Array:
+    rows, columns = matrix(pixels.shape[1], size[0]), matrix(pixels.shape[2], size[1])
+    tall = jnp.einsum("oh,bhwc->bowc", rows, pixels.astype(jnp.float32), precision=SHARE)
+    return jnp.einsum("pw,bowc->bopc", columns, tall, precision=SHARE)
+
+
+def _bicubic_matrix(size: int, wanted: int) -> np.ndarray:
+    """fp32 [wanted, size]; what lies beyond the border is the border."""
+    matrix = np.zeros((wanted, size))
+    for row in range(wanted):
+        position = (row + 0.5) * size / wanted - 0.5
+        first = math.floor(position) - 1
+        for column in range(first, first + 4):
+            matrix[row, min(max(column, 0), size - 1)] += _cubic(abs(position - column))
+    return matrix.astype(np.float32)
+
+
+def _cubic(x: float) -> float:
+    """Keys' convolution kernel (1981) at a distance of 0 to 2 pixels."""
+    if x <= 1.0:
+        return (CUBIC + 2.0) * x**3 - (CUBIC + 3.0) * x**2 + 1.0
+    return CUBIC * (x**3 - 5.0 * x**2 + 8.0 * x - 4.0)
+
+
+def _aligned_matrix(size: int, wanted: int) -> np.ndarray:
+    positions = np.arange(wanted) * ((size - 1) / max(wanted - 1, 1))
+    return np.maximum(0.0, 1.0 - np.abs(positions[:, None] - np.arange(size))).astype(np.float32)
+
+
+def _area_matrix(size: int, wanted: int) -> np.ndarray:
+    edges, cells = np.arange(wanted + 1) * (size / wanted), np.arange(size)
+    overlap = np.minimum(edges[1:, None], cells + 1.0) - np.maximum(edges[:-1, None], cells)
+    return (np.maximum(overlap, 0.0) * (wanted / size)).astype(np.float32)
