@@ -26,7 +26,7 @@ def config() -> RunConfig:
     return RunConfig(
         system=FairHumanConfig(base="people", trainable=ControlNetTrainable(), control_dropout=0.1),
         output="runs/people_controlnet",
-        data=DataConfig(length=1_536, held_out=128, resolution=64, seed=1, conditioning=True),
+        data=DataConfig(length=1_536, held_out=128, resolution=64, seed=1, conditioning="fairhuman"),
         optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=10),
         # Pulled back together, three gradients of a convolutional network take XLA's CPU compiler minutes.
         fair=FairConfig(gradients="sequential"),

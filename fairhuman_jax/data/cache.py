@@ -21,16 +21,18 @@ from tqdm import tqdm
 
 from fairhuman_jax.data.loader import Source
 from fairhuman_jax.data.people import PeopleDataset
+from fairhuman_jax.data.people.conditions import detected_points
 from fairhuman_jax.data.people.paraphrase import paraphrases
 
 CHUNK = 64
 PICTURES, MASKS = ("image", "conditioning_image"), ("face_mask", "hand_mask")
+KEYPOINTS = "keypoints"
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class CachedSource:
-    """The samples of a finished cache folder: image, conditioning_image where it was asked for, face_mask, hand_mask,
-    caption and `captions`, its paraphrases, of which the loader draws one. Picklable."""
+    """The samples of a finished cache folder: image, face_mask, hand_mask, caption and `captions`, its paraphrases, of
+    which the loader draws one; where they were asked for conditioning_image and `keypoints`. Picklable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,6 +40,7 @@ class CachedSource:
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
         self._pictures = {name: arrays[name] for name in PICTURES if name in arrays}
         self._masks = {name: arrays[name] for name in MASKS}
+        self._keypoints = arrays.get(KEYPOINTS)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -50,26 +53,32 @@ class CachedSource:
             for name, packed in self._masks.items()
         }
         caption = self.captions[index]
-        return {**pictures, "caption": caption, "captions": paraphrases(caption), **masks}
+        sample = {**pictures, "caption": caption, "captions": paraphrases(caption), **masks}
+        if self._keypoints is not None:
+            sample["keypoints"] = {"coco17": np.asarray(self._keypoints[index])}
+        return sample
 
     def __reduce__(self):
         return CachedSource, (self.folder,)
 
 
-def cached_people(size: int, length: int, seed: int, start: int = 0, conditioning: bool = False) -> CachedSource:
+def cached_people(
+    size: int, length: int, seed: int, start: int = 0, conditioning: str | None = None, keypoints: bool = False
+) -> CachedSource:
     """People-world samples `start` to `start + length`, from the user's cache folder or rendered into it; with control
-    images if `conditioning`.
+    images of the style `conditioning`, and with `keypoints` = {"coco17": float32 [1, 17, 3]}, the person's joints as
+    `conditions.detected_points` gives them.
 
     The folder's name covers the arguments and the renderer's own source, so a changed renderer draws anew. The folder
     appears whole or not at all. FAIRHUMAN_CACHE names another place for it. Errors: no room or no right to write.
     """
     source = PeopleDataset(size, length, seed, start=start, conditioning=conditioning)
     root = Path(os.environ.get("FAIRHUMAN_CACHE") or user_cache_dir("fairhuman_jax"))
-    layers = "-conditioning" if conditioning else ""
+    layers = (f"-{conditioning}" if conditioning else "") + ("-keypoints" if keypoints else "")
     folder = root / f"people-{size}px-seed{seed}-{start}+{length}{layers}-{_renderer_digest()}"
     if not folder.is_dir():
         try:
-            _write(source, folder)
+            _write(source, folder, keypoints)
         except OSError as error:
             if folder.is_dir():  # another process finished the same folder first
                 return CachedSource(folder)
@@ -80,15 +89,15 @@ def cached_people(size: int, length: int, seed: int, start: int = 0, conditionin
     return CachedSource(folder)
 
 
-def _write(source: Source, folder: Path) -> None:
+def _write(source: Source, folder: Path, keypoints: bool) -> None:
     """Renders every sample with one process a core, then renames the finished folder into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="people-", dir=folder.parent))
     try:
         captions: list[str] = []
-        first = _rows(source[0])
+        first = _rows(source[0], keypoints)
         arrays = {
-            name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, (len(source), *row.shape))
+            name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", row.dtype, (len(source), *row.shape))
             for name, row in first.items()
         }
         spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
@@ -98,7 +107,8 @@ def _write(source: Source, folder: Path) -> None:
             ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
             tqdm(total=len(source), desc="rendering people", unit="image", smoothing=0.1) as bar,
         ):
-            for span, (chunk, texts) in zip(spans, pool.map(_render, [source] * len(spans), spans), strict=True):
+            chunks = pool.map(_render, [source] * len(spans), spans, [keypoints] * len(spans))
+            for span, (chunk, texts) in zip(spans, chunks, strict=True):
                 for name, array in arrays.items():
                     array[span.start : span.stop] = chunk[name]
                 captions += texts
@@ -111,16 +121,16 @@ def _write(source: Source, folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _rows(sample: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What is kept of a sample: pictures as they are, masks with eight pixels a byte."""
-    return {name: sample[name] for name in PICTURES if name in sample} | {
-        name: np.packbits(sample[name]) for name in MASKS
-    }
+def _rows(sample: dict[str, Any], keypoints: bool) -> dict[str, np.ndarray]:
+    """What is kept of a sample: pictures as they are, masks with eight pixels a byte, the joints of COCO."""
+    rows = {name: sample[name] for name in PICTURES if name in sample}
+    rows |= {name: np.packbits(sample[name]) for name in MASKS}
+    return rows | ({KEYPOINTS: detected_points(sample, "coco17")[None]} if keypoints else {})
 
 
-def _render(source: Source, span: range) -> tuple[dict[str, np.ndarray], list[str]]:
+def _render(source: Source, span: range, keypoints: bool) -> tuple[dict[str, np.ndarray], list[str]]:
     samples = [source[i] for i in span]
-    rows = [_rows(sample) for sample in samples]
+    rows = [_rows(sample, keypoints) for sample in samples]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, [sample["caption"] for sample in samples]
 
 

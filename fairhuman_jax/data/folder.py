@@ -14,6 +14,7 @@ import logging
 import os
 import tempfile
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +101,102 @@ def read_mask(file: File) -> np.ndarray:
     return (np.asarray(grey) >= MASK_THRESHOLD).astype(np.uint8)[..., None]
 
 
-class FolderDataset:
+class FileDataset(ABC):
+    """Random access to samples whose files one file of metadata names; what happens at a bad one.
+
+    `on_error`: "skip" replaces a bad sample by the next good one (so the order stays a function of the index alone) and
+    counts it in `bad`, also when worker processes met it; "stop" raises BadSample. `root`: what paths are relative to.
+    Raises FileNotFoundError: no `metadata`. ValueError: another `on_error`.
+    """
+
+    def __init__(self, root: Path, metadata: Path, on_error: str, layout: str) -> None:
+        if on_error not in ("skip", "stop"):
+            raise ValueError(f"on_error = {on_error!r}: use 'skip' or 'stop'")
+        self.root, self.metadata, self.on_error = root, metadata, on_error
+        if not metadata.is_file():
+            raise FileNotFoundError(f"{metadata}: not found; {layout}")
+        # Bad samples are appended to one temporary file, which worker processes share by its name.
+        handle, self._report_path = tempfile.mkstemp(prefix="bad_samples_", suffix=".txt")
+        os.close(handle)
+        self._reported: set[str] = set()
+        self._cleanup = weakref.finalize(self, Path(self._report_path).unlink, missing_ok=True)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def line(self, index: int) -> int | str:
+        """Where sample `index` stands in the metadata: its line, from 1, or its key."""
+
+    @abstractmethod
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of sample `index`."""
+
+    @abstractmethod
+    def files(self, index: int) -> dict[str, Path]:
+        """The files of sample `index` by name of what they hold."""
+
+    @abstractmethod
+    def load(self, index: int) -> dict[str, Any]:
+        """Sample `index` itself, whatever `on_error` says. Raises BadSample."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.root}")
+        return self._first_good(index, self.load)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the image of sample `index`, read from its header."""
+        return self._first_good(index, lambda i: read_size(self.files(i)["image"]))
+
+    def digest(self, index: int) -> str:
+        """Hexadecimal digest of the content of sample `index`: its files and its captions. Raises BadSample."""
+        digest = hashlib.blake2b(json.dumps(self.captions(index)).encode(), digest_size=16)
+        for name, path in sorted(self.files(index).items()):
+            try:
+                with path.open("rb") as file:
+                    digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise BadSample(f"{path}: {error.strerror}") from None
+        return digest.hexdigest()
+
+    def bad_lines(self) -> list[str]:
+        """One line of text for each bad sample met so far, by this process or its workers."""
+        if not os.path.exists(self._report_path):
+            return []
+        return sorted(set(Path(self._report_path).read_text(encoding="utf-8").splitlines()))
+
+    @property
+    def bad(self) -> int:
+        """Number of different bad samples met so far."""
+        return len(self.bad_lines())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cleanup"}
+
+    def _first_good(self, index: int, read: Callable[[int], T]) -> T:
+        """What `read` gives for sample `index`, or for the next one that can be read."""
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            try:
+                return read(candidate)
+            except BadSample as error:
+                self._report(self.line(candidate), error)
+        raise BadSample(f"{self.metadata}: none of its {len(self)} samples can be read")
+
+    def _report(self, line: int | str, error: BadSample) -> None:
+        text = f"{self.metadata}:{line}: {error}"
+        if self.on_error == "stop":
+            raise BadSample(text) from None
+        if text in self._reported:
+            return
+        self._reported.add(text)
+        _LOG.warning("skipped %s", text)
+        with open(self._report_path, "a", encoding="utf-8") as file:
+            file.write(text.replace("\n", " ") + "\n")
+
+
+class FolderDataset(FileDataset):
     """Random access to the samples of a `metadata.jsonl` folder.
 
     A sample is `image` uint8 [H, W, 3], `caption` str (and `captions` when the line holds a list), and, where
@@ -109,10 +205,8 @@ class FolderDataset:
     control image; `missing` counts those lines. Masks and control images of another size but the same shape
     are resized to the image.
 
-    `on_error`: "skip" replaces a bad sample by the next good one of the folder (so the order stays a function
-    of the index alone) and counts it in `bad`, also when worker processes met it; "stop" raises BadSample.
-    Lines that are not JSON, or lack image or caption, are found at construction. Raises FileNotFoundError,
-    ValueError.
+    `on_error`: see FileDataset. Lines that are not JSON, or lack image or caption, are found at construction. Raises
+    FileNotFoundError, ValueError.
     """
 
     def __init__(
@@ -125,20 +219,15 @@ class FolderDataset:
         condition_column: str = "conditioning_image",
         on_error: str = "skip",
     ) -> None:
-        if on_error not in ("skip", "stop"):
-            raise ValueError(f"on_error = {on_error!r}: use 'skip' or 'stop'")
-        self.root = Path(root)
-        self.metadata = self.root / METADATA
-        self.on_error = on_error
+        super().__init__(
+            Path(root), Path(root) / METADATA, on_error, "a data folder holds one JSON object a line there"
+        )
         self._image_column, self._caption_column = image_column, caption_column
         optional = {
             "face_mask_column": face_mask_column,
             "hand_mask_column": hand_mask_column,
             "condition_column": condition_column,
         }
-        if not self.metadata.is_file():
-            raise FileNotFoundError(f"{self.metadata}: not found; a data folder holds one JSON object a line there")
-        self._open_report()
         records = list(self._read_lines())
         keys = sorted({key for _, record in records for key in record})
         self._check_columns(keys, optional)
@@ -158,25 +247,6 @@ class FolderDataset:
 
     def __len__(self) -> int:
         return len(self._lines)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self.root}")
-        return self._first_good(index, self.load)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of the image of sample `index`, read from its header."""
-        return self._first_good(index, lambda i: read_size(self.files(i)["image"]))
-
-    def _first_good(self, index: int, read: Callable[[int], T]) -> T:
-        """What `read` gives for sample `index`, or for the next one that can be read."""
-        for offset in range(len(self)):
-            candidate = (index + offset) % len(self)
-            try:
-                return read(candidate)
-            except BadSample as error:
-                self._report(self._lines[candidate][0], error)
-        raise BadSample(f"{self.metadata}: none of its {len(self)} samples can be read")
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -203,17 +273,6 @@ class FolderDataset:
         record = self._lines[index][1]
         columns = {"image": self._image_column} | self._columns
         return {name: self.root / record[column] for name, column in columns.items() if record.get(column)}
-
-    def digest(self, index: int) -> str:
-        """Hexadecimal digest of the content of sample `index`: its files and its captions. Raises BadSample."""
-        digest = hashlib.blake2b(json.dumps(self.captions(index)).encode(), digest_size=16)
-        for name, path in sorted(self.files(index).items()):
-            try:
-                with path.open("rb") as file:
-                    digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise BadSample(f"{path}: {error.strerror}") from None
-        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"FolderDataset({str(self.root)!r}, samples={len(self)}, bad={self.bad}, missing={self.missing})"
@@ -273,40 +332,6 @@ class FolderDataset:
         for name in self._columns:
             sample[name] = read_layer(name, files.get(name), image.shape[:2], files["image"].name)
         return sample
-
-    # -- bad samples -----------------------------------------------------------------------------------------
-
-    def _open_report(self) -> None:
-        """Bad samples are appended to one temporary file, which worker processes share by its name."""
-        handle, self._report_path = tempfile.mkstemp(prefix="bad_samples_", suffix=".txt")
-        os.close(handle)
-        self._reported: set[str] = set()
-        self._cleanup = weakref.finalize(self, Path(self._report_path).unlink, missing_ok=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_cleanup"}
-
-    def _report(self, line: int, error: BadSample) -> None:
-        text = f"{self.metadata}:{line}: {error}"
-        if self.on_error == "stop":
-            raise BadSample(text) from None
-        if text in self._reported:
-            return
-        self._reported.add(text)
-        _LOG.warning("skipped %s", text)
-        with open(self._report_path, "a", encoding="utf-8") as file:
-            file.write(text.replace("\n", " ") + "\n")
-
-    def bad_lines(self) -> list[str]:
-        """One line of text for each bad sample met so far, by this process or its workers."""
-        if not os.path.exists(self._report_path):
-            return []
-        return sorted(set(Path(self._report_path).read_text(encoding="utf-8").splitlines()))
-
-    @property
-    def bad(self) -> int:
-        """Number of different bad samples met so far."""
-        return len(self.bad_lines())
 
 
 def read_layer(name: str, file: File | None, size: tuple[int, int], image_name: str) -> np.ndarray:

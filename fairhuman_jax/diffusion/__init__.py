@@ -17,7 +17,7 @@ from fairhuman_jax.diffusion.samplers import (
     start_row,
 )
 from fairhuman_jax.diffusion.schedule import NoiseSchedule, add_noise, sample_timesteps, sigma, snr, timesteps
-from fairhuman_jax.diffusion.single_step import ddim, ddpm, euler, euler_ancestral
+from fairhuman_jax.diffusion.single_step import ddim, ddim_humansd, ddpm, euler, euler_ancestral
 from fairhuman_jax.diffusion.step_rule import StepRule
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "add_noise",
     "classifier_free",
     "ddim",
+    "ddim_humansd",
     "ddpm",
     "dpmpp_2m",
     "euler",

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from fairhuman_jax.diffusion.multistep import dpmpp_2m, unipc
 from fairhuman_jax.diffusion.plms import pndm
 from fairhuman_jax.diffusion.schedule import NoiseSchedule
-from fairhuman_jax.diffusion.single_step import ddim, ddpm, euler, euler_ancestral
+from fairhuman_jax.diffusion.single_step import ddim, ddim_humansd, ddpm, euler, euler_ancestral
 from fairhuman_jax.diffusion.step_rule import StepRule
 
 RULES: dict[str, Callable[[], StepRule]] = {
     "ddim": ddim,
+    "ddim_humansd": ddim_humansd,
     "ddpm": ddpm,
     "pndm": pndm,
     "euler": euler,

@@ -25,13 +25,36 @@ def ddim(eta: float = 0.0) -> StepRule:
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:
         times = timesteps(schedule, steps)
-        before = times - schedule.num_train_timesteps // steps
-        cumprod = schedule.alphas_cumprod64
-        final = 1.0 if schedule.set_alpha_to_one else cumprod[0]
-        then = np.where(before >= 0, cumprod[np.maximum(before, 0)], final)
-        return _transitions(schedule, times, then, eta)
+        return _transitions_between(schedule, times, times - schedule.num_train_timesteps // steps, eta)
 
     return StepRule("ddim", "DDIMScheduler", table, _posterior_step)
+
+
+@functools.cache
+def ddim_humansd() -> StepRule:
+    """DDIM as HumanSD's scripts run it: steps - 1 steps, the noisiest of the table is left out.
+
+    The table is 1, 1 + T // steps, 1 + 2 (T // steps), ...; where T // steps is rounded down it is longer than steps,
+    and all from entry steps - 1 on are left out. With 50 of 1000: 49 steps, from 961 to 1. `timestep_spacing` and
+    `steps_offset` are not followed. Raises ValueError for steps whose table reaches T (3, 9, 27, 36, 37 and some above
+    100, of 1000), which its sampler cannot index, and for 1, which takes no step.
+    Source: HumanSD, scripts/pose2img.py and ldm/models/diffusion/ddim.py.
+    """
+
+    def table(schedule: NoiseSchedule, steps: int) -> Table:
+        total = schedule.num_train_timesteps
+        if not 2 <= steps <= total:
+            raise ValueError(f"ddim_humansd: steps is {steps}; expected 2 .. {total}")
+        ladder = np.arange(0, total, total // steps) + 1
+        if ladder[-1] >= total:
+            raise ValueError(
+                f"ddim_humansd: {steps} steps reach timestep {ladder[-1]}; the schedule ends at {total - 1}, "
+                f"use a divisor of {total} below it"
+            )
+        times = ladder[: steps - 1]
+        return _transitions_between(schedule, times[::-1], np.append(-1, times[:-1])[::-1], 0.0)
+
+    return StepRule("ddim_humansd", "DDIMScheduler", table, _posterior_step)
 
 
 @functools.cache
@@ -51,6 +74,13 @@ def ddpm() -> StepRule:
         return _transitions(schedule, times, then, 1.0)
 
     return StepRule("ddpm", "DDPMScheduler", table, _posterior_step)
+
+
+def _transitions_between(schedule: NoiseSchedule, times: np.ndarray, before: np.ndarray, eta: float) -> Table:
+    """Columns of the steps from `times` to `before`; below zero lies what `set_alpha_to_one` says."""
+    cumprod = schedule.alphas_cumprod64
+    final = 1.0 if schedule.set_alpha_to_one else cumprod[0]
+    return _transitions(schedule, times, np.where(before >= 0, cumprod[np.maximum(before, 0)], final), eta)
 
 
 def _transitions(schedule: NoiseSchedule, times: np.ndarray, then: np.ndarray, eta: float) -> Table:

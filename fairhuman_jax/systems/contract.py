@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,3 +68,11 @@ class SystemConfig(Protocol):
 def sample_keys(key: jax.Array, batch: Batch) -> jax.Array:
     """One key a sample, by its `position` in the global batch: how a batch is split changes no random number."""
     return jax.vmap(lambda position: jax.random.fold_in(key, position))(batch["position"])
+
+
+def check_fixed(config: Any, fixed: dict[str, Any]) -> None:
+    """What compat="reference" fixes must be at that value or at its default. Errors: an option that is at a third."""
+    defaults = {option.name: option.default for option in fields(config)}
+    for name, value in fixed.items():
+        if getattr(config, name) not in (value, defaults[name]):
+            raise ValueError(f"compat='reference' fixes {name} = {value!r}, but it is {getattr(config, name)!r}")

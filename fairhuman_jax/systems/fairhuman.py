@@ -7,7 +7,7 @@ Deviations from the reference are listed in docs/porting_notes.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from fairhuman_jax.diffusion import NoiseSchedule, snr
 from fairhuman_jax.losses import latent_mask, min_snr_weight, region_losses, x0_weight
-from fairhuman_jax.systems.contract import Batch, sample_keys
+from fairhuman_jax.systems.contract import Batch, check_fixed, sample_keys
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
 from fairhuman_jax.systems.pipelines import open_pipeline
 from fairhuman_jax.systems.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable, TrainedPart
@@ -64,10 +64,7 @@ class FairHumanConfig:
         if self.compat not in (None, "reference"):
             raise ValueError(f"compat is {self.compat!r}; known: None, 'reference'")
         if self.compat:
-            defaults = {option.name: option.default for option in fields(self)}
-            for name, fixed in self.trainable.REFERENCE.items():
-                if getattr(self, name) not in (fixed, defaults[name]):
-                    raise ValueError(f"compat='reference' fixes {name} = {fixed!r}, but it is {getattr(self, name)!r}")
+            check_fixed(self, self.trainable.REFERENCE)
         if self.snr_gamma is not None and self.x0_weight is not None:
             raise ValueError("snr_gamma and x0_weight are two answers to one question: set one of them")
         if not 0.0 <= self.control_dropout <= 1.0:

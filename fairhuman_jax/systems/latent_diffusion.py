@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -99,20 +100,30 @@ class LatentDiffusion:
         networks = (*self.controlnets, *self.adapters)
         if not networks:
             return ()
-        if "conditioning_image" not in batch:
-            raise ValueError(
-                f"a {type(networks[0]).__name__} reads conditioning_image, which the batches lack: choose data with "
-                "condition images (data.conditioning for the people world, conditioning_image in metadata.jsonl)"
-            )
-        return (jnp.asarray(batch["conditioning_image"]).astype(jnp.float32) / 255.0,) * len(networks)
+        return (_condition_image(batch, f"a {type(networks[0]).__name__}"),) * len(networks)
+
+    def pose_images(self, batch: Batch | dict[str, np.ndarray]) -> jax.Array | None:
+        """A batch's `conditioning_image` in [0, 1] for a denoiser that reads the latents of a pose, else None.
+
+        Errors: a batch without it where the denoiser reads one.
+        """
+        return _condition_image(batch, "HumanSD") if self.pipeline.reads_pose else None
 
     def encode_image(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 images [B, H, W, 3] -> mean and log-variance of the latent posterior [B, h, w, c], unscaled."""
-        return self._encode(params, image.astype(jnp.float32) / 127.5 - 1.0)
+        return self.encode_moments(params, image.astype(jnp.float32) / 127.5 - 1.0)
 
-    def encode_posterior(self, params: Params, image: jax.Array, noise: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] in [-1, 1] -> scaled latents [B, h, w, c], drawn with `noise` of their shape."""
-        return self._draw_posterior(*self._encode(params, image), noise)
+    def encode_moments(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latent posterior [B, h, w, c], unscaled."""
+        vae = cast(Any, self.pipeline.vae)
+        return vae.apply({"params": params["vae"]}, image, method=vae.encode)
+
+    def encode_posterior(self, params: Params, image: jax.Array, noise: jax.Array | None) -> jax.Array:
+        """Images [B, H, W, 3] in [-1, 1] -> scaled latents [B, h, w, c], drawn with `noise`, or the mean for None."""
+        mean, logvar = self.encode_moments(params, image)
+        if noise is None:
+            return mean.astype(jnp.float32) * self.pipeline.vae.scaling_factor
+        return self._draw_posterior(mean, logvar, noise)
 
     def latents(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """Scaled latents [B, h, w, c] drawn from the posterior, from `image` or from cached `latent_mean/logvar`."""
@@ -125,14 +136,15 @@ class LatentDiffusion:
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Scaled latents -> images [B, H, W, 3] in [-1, 1]; above `TILE_ABOVE` latents a side in tiles."""
-        vae = cast(Any, self.pipeline.vae)
-
-        def whole(part: jax.Array) -> jax.Array:
-            return vae.apply({"params": params["vae"]}, part, method=vae.decode)
-
-        latents = latents / vae.scaling_factor
+        latents = latents / self.pipeline.vae.scaling_factor
+        whole = partial(self.decode_unscaled, params)
         large = max(latents.shape[1:3]) > TILE_ABOVE
         return jnp.clip(tiled_decode(whole, latents) if large else whole(latents), -1.0, 1.0)
+
+    def decode_unscaled(self, params: Params, latents: jax.Array) -> jax.Array:
+        """The autoencoder's own latents [B, h, w, c] -> images [B, H, W, 3] about [-1, 1], in one piece."""
+        vae = cast(Any, self.pipeline.vae)
+        return vae.apply({"params": params["vae"]}, latents, method=vae.decode)
 
     def adapter_features(
         self, params: Params, conditions: Sequence[jax.Array], scales: Sequence[jax.Array]
@@ -181,12 +193,14 @@ class LatentDiffusion:
         timestep_mode: str = "uniform",
         noise_offset: float = 0.0,
         conditions: Sequence[jax.Array] = (),
+        extra: jax.Array | None = None,
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """({"output", "target"} [B, h, w, c], timesteps [B]) for one draw of time and noise a sample.
 
         `batch["times"]` in [0, 1), where present, replaces the drawn times (held-out losses at fixed times).
         `noise_offset` adds that much of one normal number per sample and channel to the noise. `conditions`: one
-        picture [B, H, W, 3] in [0, 1] a ControlNet, then one a T2I-Adapter, all at full strength.
+        picture [B, H, W, 3] in [0, 1] a ControlNet, then one a T2I-Adapter, all at full strength. `extra` [B, h, w, k]:
+        channels that the denoiser reads after the noisy latents.
         """
         schedule = self.pipeline.schedule
         keys = jax.vmap(lambda k: jax.random.split(k, 4))(sample_keys(key, batch))
@@ -204,6 +218,7 @@ class LatentDiffusion:
         given = Conditioning(
             *self.text_states(params, batch, lora),
             time_ids=batch.get("time_ids"),
+            extra=extra,
             conditions=tuple(conditions[:nets]),
             scales=(ones,) * nets,
             features=self.adapter_features(params, conditions[nets:], (jnp.float32(1.0),) * len(self.adapters)),
@@ -221,8 +236,8 @@ class LatentDiffusion:
     def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[SampleRequest, list[str]]:
         """A request for the configured prompts at the size of the training images.
 
-        ControlNets and T2I-Adapters are given the first held-out condition images, again from the start where prompts
-        are more.
+        ControlNets, T2I-Adapters and HumanSD's denoiser are given the first held-out condition images, again from the
+        start where prompts are more.
         """
         count = len(config.prompts)
         seeds = [config.seed + i for i in range(count)]
@@ -231,7 +246,8 @@ class LatentDiffusion:
         else:
             height, width = (side * self.pipeline.vae.downscale for side in held_out["latent_mean"].shape[1:3])
         size = (height, width)
-        conditions = self.condition_images(held_out)
+        conditions, pose = self.condition_images(held_out), self.pose_images(held_out)
+        blank = np.zeros((*size, 3), np.uint8)
         request = make_request(
             self,
             config.prompts,
@@ -239,19 +255,16 @@ class LatentDiffusion:
             steps=config.steps,
             guidance=config.guidance,
             size=size,
-            conditions=[np.zeros((*size, 3), np.uint8)] * len(conditions),
+            conditions=[blank] * len(conditions),
             scales=[1.0] * len(conditions),
+            pose=None if pose is None else blank,
         )
-        pictures = tuple(condition[jnp.arange(count) % len(condition)] for condition in conditions)
-        return dataclasses.replace(request, conditions=pictures), list(config.prompts)
+        given = jax.tree.map(lambda pictures: pictures[jnp.arange(count) % len(pictures)], (conditions, pose))
+        return dataclasses.replace(request, conditions=given[0], pose=given[1]), list(config.prompts)
 
     @property
     def _latent_channels(self) -> int:
         return self.pipeline.vae.config["latent_channels"]
-
-    def _encode(self, params: Params, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        vae = cast(Any, self.pipeline.vae)
-        return vae.apply({"params": params["vae"]}, pixels, method=vae.encode)
 
     def _draw_posterior(self, mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> jax.Array:
         mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
@@ -261,6 +274,15 @@ class LatentDiffusion:
 def numbered(name: str, index: int) -> str:
     """Names of several of a kind as diffusers has them: name, name_2, name_3, ..."""
     return name if index == 0 else f"{name}_{index + 1}"
+
+
+def _condition_image(batch: Batch | dict[str, np.ndarray], reader: str) -> jax.Array:
+    if "conditioning_image" not in batch:
+        raise ValueError(
+            f"{reader} reads conditioning_image, which the batches lack: choose data with condition images "
+            "(data.conditioning for the people world, conditioning_image in metadata.jsonl)"
+        )
+    return jnp.asarray(batch["conditioning_image"]).astype(jnp.float32) / 255.0
 
 
 def _variables(params: Params, lora: Params | None, name: str) -> dict[str, PyTree]:

@@ -1,6 +1,6 @@
 """Drawing pictures: the request, what it conditions the denoiser on, and the run from noise to image.
 
-Covers text to image, image to image, inpainting with both kinds of denoiser, ControlNets and T2I-Adapters.
+Covers text to image, image to image, inpainting with both kinds of denoiser, ControlNets, T2I-Adapters and HumanSD.
 Source: Rombach et al. 2022 (latent diffusion); Meng et al. 2021 (SDEdit) for starts part-way; Zhang et al. 2023
 (ControlNet); Mou et al. 2023 (T2I-Adapter).
 """
@@ -35,6 +35,7 @@ PyTree = Any
 Params = dict[str, PyTree]
 # What SDXL's refiner is told about how pretty the picture is, with and without the prompt (its published defaults).
 AESTHETIC_SCORES = (6.0, 2.5)
+POSE_LATENTS = ("sample", "mode")  # of the posterior of a pose picture's latents
 
 
 @flax.struct.dataclass
@@ -44,10 +45,13 @@ class SampleRequest:
     input_ids and negative_ids: {"input_ids": [N, L] or [N, n, L], ...}, one array a text encoder; seeds [N] int32;
     guidance and rescale (of guidance, 0 = none): scalars; start: number of steps left out at the noisy end (image to
     image), int32. image [N, H, W, 3] in [-1, 1] to start from; mask [N, H, W, 1], 1 = draw anew; conditions: one
-    picture [N, H, W, 3] in [0, 1] a ControlNet, then one a T2I-Adapter, with their strengths in `scales`.
+    picture [N, H, W, 3] in [0, 1] a ControlNet, then one a T2I-Adapter, with their strengths in `scales`. pose: the
+    skeletons [N, H, W, 3] in [0, 1] that a HumanSD denoiser reads as latents, with the prompt and without it;
+    pose_latent: those are a "sample" of the posterior or its "mode".
     To replay a run: latents, its unit starting noise [N, h, w, c]; noise, that of each step [rows, N, h, w, c] for a
-    stochastic rule; posterior_noise [2, N, h, w, c], for the latents of the image and of the masked image. None draws
-    them from the seeds. scheduler: a rule's name, or None for the one that the pipeline's scheduler config asks for.
+    stochastic rule; posterior_noise [2, N, h, w, c], for the latents of the image and of the masked image or the pose.
+    None draws them from the seeds. scheduler: a rule's name, or None for the one that the pipeline's scheduler config
+    asks for.
     guided False leaves guidance out, at half the cost; empty_negative: an SDXL pipeline's zeros for no negative prompt.
     """
 
@@ -61,6 +65,7 @@ class SampleRequest:
     mask: jax.Array | None = None
     conditions: tuple[jax.Array, ...] = ()
     scales: tuple[jax.Array, ...] = ()
+    pose: jax.Array | None = None
     latents: jax.Array | None = None
     noise: jax.Array | None = None
     posterior_noise: jax.Array | None = None
@@ -70,6 +75,7 @@ class SampleRequest:
     scheduler: str | None = flax.struct.field(pytree_node=False, default=None)
     guided: bool = flax.struct.field(pytree_node=False, default=True)
     empty_negative: bool = flax.struct.field(pytree_node=False, default=False)
+    pose_latent: str = flax.struct.field(pytree_node=False, default="sample")
 
 
 def draw(
@@ -116,10 +122,15 @@ def draw_latents(
     )
 
 
-def _inpainting_channels(
+def _extra_channels(
     system: LatentDiffusion, params: Params, request: SampleRequest, keys: jax.Array, mask: jax.Array | None
 ) -> jax.Array | None:
-    """What a denoiser trained for inpainting reads beside its latents: mask, latents of the picture with a hole."""
+    """What a denoiser reads beside its latents: for inpainting mask and latents of the picture with a hole, or those of
+    the pose picture."""
+    if system.pipeline.reads_pose:
+        assert request.pose is not None, "checked in `make_request`"
+        noise = _posterior_noise(system, request, keys, 1) if request.pose_latent == "sample" else None
+        return system.encode_posterior(params, 2.0 * request.pose - 1.0, noise)
     if not system.pipeline.inpaints:
         return None
     assert request.image is not None and request.mask is not None and mask is not None, "checked in `make_request`"
@@ -150,7 +161,7 @@ def _conditionings(
         hidden,
         pooled,
         time_ids=_time_ids(system, request, AESTHETIC_SCORES[0]),
-        extra=_inpainting_channels(system, params, request, keys, mask),
+        extra=_extra_channels(system, params, request, keys, mask),
         conditions=request.conditions[:nets],
         scales=tuple(jnp.broadcast_to(scale, (count,)) for scale in request.scales[:nets]),
         features=system.adapter_features(params, request.conditions[nets:], request.scales[nets:]),
@@ -189,16 +200,21 @@ def make_request(
     mask: np.ndarray | None = None,
     conditions: Sequence[np.ndarray] = (),
     scales: Sequence[float] = (),
+    pose: np.ndarray | None = None,
+    pose_latent: str = "sample",
     long_prompts: bool = False,
 ) -> SampleRequest:
     """A request for one image a prompt.
 
-    size: (height, width). image and conditions: uint8 [H, W, 3], mask: uint8 [H, W, 1] in {0, 1}, of that size and the
-    same for all prompts. strength in (0, 1]: share of the steps that an image goes through. long_prompts: in chunks.
-    Errors: a picture of another size; a mask without an image; an inpainting denoiser without both; a number of
-    conditions that is not that of ControlNets and adapters; an unknown scheduler.
+    size: (height, width). image, conditions and pose: uint8 [H, W, 3], mask: uint8 [H, W, 1] in {0, 1}, of that size
+    and the same for all prompts. strength in (0, 1]: share of the steps that an image goes through. pose_latent: sample
+    or mode. long_prompts: in chunks.
+    Errors: a picture of another size; a mask without an image; an inpainting denoiser without both; a HumanSD denoiser
+    without pose, or pose for another; a number of conditions that is not that of ControlNets and adapters; an unknown
+    scheduler.
     """
     _check(system, size, image, mask, conditions, scales)
+    _check_pose(system, size, pose, pose_latent)
     if scheduler is not None:
         rule_named(scheduler)
     count = len(prompts)
@@ -223,12 +239,14 @@ def make_request(
         mask=None if mask is None else spread(mask),
         conditions=tuple(spread(condition / 255.0) for condition in conditions),
         scales=tuple(jnp.float32(scale) for scale in scales),
+        pose=None if pose is None else spread(pose / 255.0),
         height=size[0],
         width=size[1],
         steps=steps,
         scheduler=scheduler,
         guided=guidance > 1.0,
         empty_negative=negative is None and system.pipeline.is_xl and system.pipeline.force_zeros_for_empty_prompt,
+        pose_latent=pose_latent,
     )
 
 
@@ -253,3 +271,24 @@ def _check(
     for name, pixels in pictures.items():
         if pixels is not None and pixels.shape[:2] != tuple(size):
             raise ValueError(f"{name} is {pixels.shape[0]}x{pixels.shape[1]}, not {size[0]}x{size[1]} as asked")
+
+
+def _check_pose(system: LatentDiffusion, size: tuple[int, int], pose: np.ndarray | None, pose_latent: str) -> None:
+    check_pose_latent(pose_latent)
+    if system.pipeline.reads_pose and pose is None:
+        raise ValueError("this denoiser reads a pose beside its latents (HumanSD): it needs a pose picture")
+    if pose is None:
+        return
+    if not system.pipeline.reads_pose:
+        channels = system.pipeline.unet.in_channels
+        raise ValueError(
+            f"a pose picture is for HumanSD, whose denoiser reads its latents; this one has {channels} channels"
+        )
+    if pose.shape != (*size, 3):
+        raise ValueError(f"the pose picture is {list(pose.shape)}, not {[*size, 3]} as asked")
+
+
+def check_pose_latent(name: str) -> None:
+    """Errors: a name that is not in `POSE_LATENTS`."""
+    if name not in POSE_LATENTS:
+        raise ValueError(f"pose_latent is {name!r}; known: {', '.join(POSE_LATENTS)}")

@@ -19,9 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from fairhuman_jax.annotate.poses import JOINTS
+from fairhuman_jax.data.keypoint_transforms import PEOPLE
 from fairhuman_jax.data.shards import MANIFEST, ShardedDataset
 from fairhuman_jax.systems.contract import Batch, System
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
+from fairhuman_jax.systems.humansd import HumanSDConfig
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, numbered
 from fairhuman_jax.systems.pipelines import open_pipeline
 from fairhuman_jax.training.combining import init_fair
@@ -196,11 +199,11 @@ def abstract_step(
 
 
 def abstract_system(config: Any) -> System:
-    """The system of a configuration; a FairHuman's base has shapes for parameters.
+    """The system of a configuration; the base of a FairHuman or a HumanSD has shapes for parameters.
 
     Its `vae` is not looked for: another autoencoder for the same base differs in numbers alone.
     """
-    if not isinstance(config, FairHumanConfig):
+    if not isinstance(config, FairHumanConfig | HumanSDConfig):
         return config.build()
     runtime = {"dtype": config.dtype, "remat": config.remat, "attention": config.attention}
     return config.attach(open_pipeline(config.base, shapes_only=True, **runtime))
@@ -216,9 +219,11 @@ def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) ->
         "hand_mask": ((*pixels, 1), jnp.uint8),
         "time_ids": ((count, 6), jnp.float32),
     }
+    if config.data.keypoints:
+        shapes["keypoints"] = ((count, PEOPLE, JOINTS, 3), jnp.float32)
     if isinstance(system, LatentDiffusion):
         stored = _stored(config.data.folder)
-        if system.controlnets or system.adapters:
+        if system.controlnets or system.adapters or system.pipeline.reads_pose:
             shapes["conditioning_image"] = ((*pixels, 3), jnp.uint8)
         if encoded or config.data.cache_latents or "latent_mean" in stored:
             del shapes["image"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fairhuman_jax.systems.autoencoder import AutoencoderConfig
 from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
+from fairhuman_jax.systems.humansd import HumanSDConfig
+from fairhuman_jax.systems.pose_network import PoseNetworkConfig
 from fairhuman_jax.systems.text_to_image import TextToImageConfig
 from fairhuman_jax.training.combining import FairConfig
 from fairhuman_jax.training.state import OptimizerConfig
@@ -17,19 +20,24 @@ class DataConfig:
     """What to train on.
 
     folder: a FairHuman folder (metadata.jsonl), a TFDS version folder or shards of latents (training/encode.py), told
-    apart by what they hold, or None for the people world; length, seed, conditioning (with control images): of the
-    people world, which is rendered on first use and kept; held_out: samples kept from training (at most a quarter of a
-    folder); resolution: pixels a side after the joint resize and crop (center or random); buckets: instead of squares
-    the nearest of several shapes of at most that area, sides multiples of bucket_step, aspect up to bucket_aspect, one
-    shape a batch; flip: probability of mirroring; caption_dropout: probability of an empty caption; cache_latents:
-    encode every image once before training (no random crop or flip then, as with shards); workers: loader processes;
-    on_error: skip or stop at a sample that cannot be read.
+    apart by what they hold, a mapping file (.json) of Laion-Human or Human-Art, or None for the people world; length,
+    seed: of the people world, which is rendered on first use and kept; conditioning: control images, for the people
+    world "fairhuman" (skeleton, face points, hand depth), for it and mapping files "humansd" (skeletons, drawn anew for
+    each crop), while folders have their own; keypoints: with the joints of ten people, of the same two; compat:
+    "reference" prepares these as HumanSD did (data/keypoint_transforms.py); held_out: samples kept from training (at
+    most a quarter of a folder); resolution: pixels a side after the joint resize and crop (center or random); buckets:
+    instead of squares the nearest of several shapes of at most that area, sides multiples of bucket_step, aspect up to
+    bucket_aspect, one shape a batch; flip: probability of mirroring; caption_dropout: probability of an empty caption;
+    cache_latents: encode every image once before training (no random crop or flip then, as with shards); workers:
+    loader processes; on_error: skip or stop at a sample that cannot be read.
     """
 
     folder: str | None = None
     length: int = 2048
     seed: int = 0
-    conditioning: bool = False
+    conditioning: Literal["fairhuman", "humansd"] | None = None
+    keypoints: bool = False
+    compat: Literal["reference"] | None = None
     held_out: int = 128
     resolution: int = 64
     buckets: bool = False
@@ -73,7 +81,7 @@ class TrainConfig:
 class RunConfig:
     """One experiment."""
 
-    system: FairHumanConfig | TextToImageConfig | AutoencoderConfig
+    system: FairHumanConfig | HumanSDConfig | TextToImageConfig | AutoencoderConfig | PoseNetworkConfig
     output: str
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -13,7 +13,9 @@ import numpy as np
 from fairhuman_jax.data.buckets import assign_buckets, bucket_shapes, picture_size
 from fairhuman_jax.data.cache import cached_people
 from fairhuman_jax.data.folder import METADATA, FolderDataset
+from fairhuman_jax.data.keypoint_transforms import PoseTransform
 from fairhuman_jax.data.loader import BatchIterator, Source, Transform, make_loader
+from fairhuman_jax.data.pose_files import MappingDataset
 from fairhuman_jax.data.shards import MANIFEST, ShardedDataset
 from fairhuman_jax.data.tfds_folder import INFO, TFDSDataset
 from fairhuman_jax.data.transforms import JointTransform
@@ -56,18 +58,36 @@ class LatentSource:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The people world or what `config.folder` holds: metadata.jsonl, a TFDS version folder or shards of latents.
+    """The people world or what `config.folder` is: a mapping file, or a folder with metadata.jsonl, a TFDS version or
+    shards of latents.
 
-    Raises FileNotFoundError, ValueError: no such folder, or none of the three in it; what the readers raise.
+    Raises FileNotFoundError, ValueError: no such folder, or none of the three in it; settings that the data cannot
+    follow; what the readers raise.
     """
+    if config.compat and (config.buckets or config.cache_latents or not _asks_for_poses(config)):
+        raise ValueError(
+            f"data.compat={config.compat} crops pictures with poses anew, to squares: set data.conditioning=humansd or "
+            "data.keypoints=true, and neither data.buckets nor data.cache_latents"
+        )
     if config.folder is None:
         total = config.length + config.held_out
-        return cached_people(config.resolution, total, config.seed, conditioning=config.conditioning)
+        drawn = None if config.conditioning == "humansd" else config.conditioning  # those come with the crop
+        return cached_people(
+            config.resolution, total, config.seed, conditioning=drawn, keypoints=_asks_for_poses(config)
+        )
     root = Path(config.folder)
-    if (root / METADATA).is_file():
-        return FolderDataset(root, on_error=config.on_error)
+    if _has_poses(config):
+        if config.conditioning == "fairhuman":
+            raise ValueError(f"{root}: has joints alone; set data.conditioning to humansd or none")
+        return MappingDataset(root, on_error=config.on_error)
+    if config.compat:
+        raise ValueError(f"data.compat: {root} is no mapping file (.json), and not the people world")
     if (root / MANIFEST).is_file():
         return ShardedDataset(root)
+    if config.keypoints:
+        raise ValueError(f"data.keypoints: {root} has none; mapping files (.json) and the people world have")
+    if (root / METADATA).is_file():
+        return FolderDataset(root, on_error=config.on_error)
     if (root / INFO).is_file():
         return TFDSDataset(root)
     if not root.is_dir():
@@ -149,10 +169,27 @@ def geometry(
     source: Source, data: DataConfig, *, crop: str, flip: float
 ) -> tuple[list[JointTransform], np.ndarray | None]:
     """(transforms, which of them each sample takes): one for each bucket, or the square's alone and None."""
+
+    def transform(shape: int | tuple[int, int]) -> JointTransform:
+        if _has_poses(data) and _asks_for_poses(data):
+            draw = data.conditioning == "humansd"
+            return PoseTransform(shape, crop=crop, flip=flip, draw=draw, targets=data.keypoints)
+        return JointTransform(shape, crop=crop, flip=flip)
+
     if not data.buckets:
-        return [JointTransform(data.resolution, crop=crop, flip=flip)], None
+        return [transform(data.resolution)], None
     shapes = bucket_shapes(data.resolution, data.bucket_step, data.bucket_aspect)
-    return [JointTransform(shape, crop=crop, flip=flip) for shape in shapes], assign_buckets(source, shapes)
+    return [transform(shape) for shape in shapes], assign_buckets(source, shapes)
+
+
+def _has_poses(data: DataConfig) -> bool:
+    """Whether samples have key points: those of the people world and of mapping files."""
+    return data.folder is None or Path(data.folder).suffix == ".json"
+
+
+def _asks_for_poses(data: DataConfig) -> bool:
+    """Whether batches carry key points, or skeletons drawn from them."""
+    return data.keypoints or data.conditioning == "humansd"
 
 
 def latent_shapes(source: Source) -> list[tuple[int, ...]] | None:
@@ -168,6 +205,9 @@ def _batching(
 ) -> tuple[Sequence[Transform], np.ndarray | None]:
     """What make_loader needs so that batches stack: `geometry` of images, or the shapes of latents."""
     shapes = latent_shapes(source)
+    if data.compat:
+        options = {"draw": data.conditioning == "humansd", "targets": data.keypoints, "compat": data.compat}
+        return [PoseTransform(data.resolution, crop="random", masks=(), **options)], None
     if shapes is None:
         return geometry(source, data, crop=crop, flip=flip)
     kinds = {shape: i for i, shape in enumerate(sorted(set(shapes)))}

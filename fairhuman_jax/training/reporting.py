@@ -105,10 +105,10 @@ def make_previewer(
     return draw
 
 
-def sheet(images: np.ndarray, titles: list[str]) -> Image.Image:
-    """Contact sheet of images [N, H, W, 3] in [-1, 1] with a title below each."""
+def sheet(images: np.ndarray, titles: list[str], columns: int = 4) -> Image.Image:
+    """Contact sheet of images [N, H, W, 3] in [-1, 1] with a title below each, row by row."""
     pixels = np.rint((np.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
-    return overlay({"image": pixels}, titles)
+    return overlay({"image": pixels}, titles, columns)
 
 
 def first_batch(batches: BatchIterator, example: Mapping[str, np.ndarray]) -> Image.Image:

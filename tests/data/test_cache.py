@@ -9,6 +9,7 @@ import pytest
 
 from fairhuman_jax.data import cache
 from fairhuman_jax.data.people import PeopleDataset
+from fairhuman_jax.data.people.conditions import detected_points
 
 ARGUMENTS = (24, 3, 5, 10)  # size, length, seed, start
 
@@ -46,16 +47,31 @@ def test_samples_are_those_of_the_dataset():
 
 def test_conditions_are_kept_in_a_folder_of_their_own(root):
     plain = cache.cached_people(*ARGUMENTS)
-    source = pickle.loads(pickle.dumps(cache.cached_people(*ARGUMENTS, conditioning=True)))
+    source = pickle.loads(pickle.dumps(cache.cached_people(*ARGUMENTS, conditioning="fairhuman")))
     size, length, seed, start = ARGUMENTS
-    drawn = PeopleDataset(size, length, seed, start=start, conditioning=True)
+    drawn = PeopleDataset(size, length, seed, start=start, conditioning="fairhuman")
     for index in range(length):
         sample = source[index]
         np.testing.assert_array_equal(sample.pop("conditioning_image"), drawn[index]["conditioning_image"])
         assert sample.keys() == plain[index].keys()
         for name in ("image", "face_mask", "hand_mask"):
             np.testing.assert_array_equal(sample[name], plain[index][name])
-    assert len(list(root.glob("people-24px-seed5-10+3-*"))) == 2
+    assert len(list(root.glob("people-24px-seed5-10+3-fairhuman-*"))) == 1
+
+
+def test_joints_are_kept_in_a_folder_of_their_own(root):
+    plain = cache.cached_people(*ARGUMENTS)
+    source = pickle.loads(pickle.dumps(cache.cached_people(*ARGUMENTS, keypoints=True)))
+    size, length, seed, start = ARGUMENTS
+    drawn = PeopleDataset(size, length, seed, start=start)
+    for index in range(length):
+        sample = source[index]
+        points = sample.pop("keypoints")["coco17"]
+        assert points.shape == (1, 17, 3) and points.dtype == np.float32
+        np.testing.assert_array_equal(points[0], detected_points(drawn[index], "coco17"))
+        assert sample.keys() == plain[index].keys()
+        np.testing.assert_array_equal(sample["image"], plain[index]["image"])
+    assert len(list(root.glob("people-24px-seed5-10+3-keypoints-*"))) == 1
 
 
 def test_a_second_opening_draws_nothing(root, monkeypatch):
@@ -66,14 +82,14 @@ def test_a_second_opening_draws_nothing(root, monkeypatch):
     before = sorted(root.rglob("*"))
     assert len(cache.cached_people(*ARGUMENTS)) == 3
     assert sorted(root.rglob("*")) == before
-    for other in ((24, 3, 6, 10), (24, 4, 5, 10), (24, 3, 5, 11), (32, 3, 5, 10), (24, 4, 5, 10, True)):
+    for other in ((24, 3, 6, 10), (24, 4, 5, 10), (24, 3, 5, 11), (32, 3, 5, 10), (24, 3, 5, 10, "humansd")):
         with pytest.raises(AssertionError, match="drawn again"):
             cache.cached_people(*other)
 
 
 def test_a_changed_renderer_is_another_set(monkeypatch):
     monkeypatch.setattr(cache, "_renderer_digest", lambda: "0" * 12)
-    monkeypatch.setattr(cache, "_write", lambda source, folder: pytest.fail(folder.name))
+    monkeypatch.setattr(cache, "_write", lambda source, folder, keypoints: pytest.fail(folder.name))
     with pytest.raises(pytest.fail.Exception, match=r"people-24px-seed5-10\+3-000000000000"):
         cache.cached_people(*ARGUMENTS)
 
@@ -107,7 +123,7 @@ def test_losing_a_race_uses_the_folder_of_the_other_process(root, monkeypatch):
     hidden = root / "hidden"
     finished.rename(hidden)
 
-    def other_process_is_first(source, folder):
+    def other_process_is_first(source, folder, keypoints):
         hidden.rename(folder)
         own = root / "own"
         own.mkdir()

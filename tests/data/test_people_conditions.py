@@ -10,8 +10,8 @@ import pytest
 from fairhuman_jax.data import FolderDataset
 from fairhuman_jax.data.people import PeopleDataset, PeoplePack, render, sample_spec
 from fairhuman_jax.data.people.__main__ import main
-from fairhuman_jax.data.people.conditions import skeleton
-from fairhuman_jax.data.pose_drawing import OPENPOSE18
+from fairhuman_jax.data.people.conditions import detected_points, humansd_skeleton, skeleton
+from fairhuman_jax.data.pose_drawing import HUMANSD17, OPENPOSE18
 
 SIZE = 96
 RIGHT_WRIST, LEFT_WRIST = OPENPOSE18.joint_colours[4], OPENPOSE18.joint_colours[7]
@@ -112,20 +112,70 @@ def test_joints_out_of_the_frame_are_missing_and_hidden_ones_are_not(samples):
 
 
 def test_dataset_adds_the_picture_and_changes_nothing_else():
-    plain, both = PeopleDataset(32, 3, seed=2), PeopleDataset(32, 3, seed=2, conditioning=True)
+    plain, both = PeopleDataset(32, 3, seed=2), PeopleDataset(32, 3, seed=2, conditioning="fairhuman")
     assert "conditioning_image" not in plain[1]
     sample = both[1]
     np.testing.assert_array_equal(sample.pop("conditioning_image"), skeleton(plain[1]))
     assert pickle.dumps(sample) == pickle.dumps(plain[1])
-    assert "conditioning=True" in repr(both)
+    assert "conditioning='fairhuman'" in repr(both)
+    assert pickle.loads(pickle.dumps(both)).conditioning == "fairhuman"
 
 
 def test_export_and_sheet_with_conditions(tmp_path):
     options = ["--count", "2", "--size", "48", "--seed", "3", "--conditioning"]
     main(["export", str(tmp_path / "people"), *options])
-    data, source = FolderDataset(tmp_path / "people", on_error="stop"), PeopleDataset(48, 2, 3, conditioning=True)
+    data, source = (
+        FolderDataset(tmp_path / "people", on_error="stop"),
+        PeopleDataset(48, 2, 3, conditioning="fairhuman"),
+    )
     for i in range(2):
         np.testing.assert_array_equal(data[i]["conditioning_image"], source[i]["conditioning_image"])
     assert data[0]["conditioning_image"].any() and data.missing == {}
     main(["sheet", str(tmp_path / "sheet.png"), *options])
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_humansd_skeletons_lie_on_the_person_and_name_the_sides(samples):
+    """Upper arms have colours of their own, which lie where the arm's two joints are; from ears to shoulders limbs may
+    leave the person."""
+    seen = off = whole = 0
+    for sample in samples:
+        picture, points = humansd_skeleton(sample), detected_points(sample, "coco17")
+        assert picture.dtype == np.uint8 and picture.shape == (SIZE, SIZE, 3)
+        body = picture.any(axis=-1)
+        for limb in (4, 5):
+            body &= ~has(picture, HUMANSD17.limb_colours[limb])
+        off, whole = off + (body & ~grown(sample["person_mask"], 3)).sum(), whole + body.sum()
+        for limb, (first, last) in ((6, (5, 7)), (7, (6, 8))):
+            drawn = has(picture, HUMANSD17.limb_colours[limb])
+            assert not drawn.any() or (points[[first, last], 2] == 1).all()
+            if drawn.sum() > 12:
+                y, x = np.argwhere(drawn).mean(axis=0)
+                assert np.hypot(*(points[[first, last], :2].mean(axis=0) - (x, y))) < 0.12 * SIZE
+                seen += 1
+    assert seen > 40 and off < 0.02 * whole
+
+
+def test_detected_points_agree_between_layouts_and_with_the_labels(samples):
+    hidden = 0
+    for sample in samples:
+        coco, openpose = (detected_points(sample, layout) for layout in ("coco17", "openpose18"))
+        np.testing.assert_array_equal(coco[[0, 1, 5, 8, 13, 16]], openpose[[0, 15, 5, 3, 12, 10]])
+        labels = sample["keypoints"]["coco17"]
+        np.testing.assert_array_equal(coco[:, :2], labels[:, :2])
+        assert (coco[:, 2] >= labels[:, 2]).all() and (coco[:5, 2] == labels[:5, 2]).all()
+        inside = ((coco[:, :2] >= 0) & (coco[:, :2] < SIZE)).all(axis=1)
+        assert not coco[~inside, 2].any() and coco[5:][inside[5:], 2].all()
+        hidden += int((coco[:, 2] > labels[:, 2]).sum())
+    assert hidden > 5
+
+
+def test_styles_of_conditions(tmp_path):
+    people = PeopleDataset(32, 2, seed=2, conditioning="humansd")
+    sample = people[0]
+    np.testing.assert_array_equal(sample["conditioning_image"], humansd_skeleton(sample))
+    with pytest.raises(ValueError, match=r"conditioning 'openpose'; use fairhuman, humansd or None"):
+        PeopleDataset(32, 2, seed=2, conditioning="openpose")
+    main(["export", str(tmp_path), "--count", "2", "--size", "32", "--seed", "2", "--conditioning", "humansd"])
+    written = FolderDataset(tmp_path, on_error="stop")[0]["conditioning_image"]
+    np.testing.assert_array_equal(written, sample["conditioning_image"])

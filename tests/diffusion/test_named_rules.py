@@ -10,7 +10,7 @@ from fairhuman_jax.diffusion import RULES, NoiseSchedule, rule_named, rule_of, t
 def test_a_name_is_always_the_same_static_argument():
     for name in RULES:
         assert rule_named(name) is rule_named(name) and hash(rule_named(name)) == hash(rule_named(name))
-    with pytest.raises(ValueError, match="scheduler 'heun' is not known; known: ddim, ddpm, pndm, euler"):
+    with pytest.raises(ValueError, match="scheduler 'heun' is not known; known: ddim, ddim_humansd, ddpm, pndm, euler"):
         rule_named("heun")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,11 @@ import pytest
 from PIL import Image
 from tiny_models import SIZE, write_folder
 
+from fairhuman_jax.config import ConfigError, apply_overrides
 from fairhuman_jax.data.folder import FolderDataset
+from fairhuman_jax.data.keypoint_transforms import PoseTransform
+from fairhuman_jax.data.pose_drawing import HUMANSD17, draw_bodies
+from fairhuman_jax.data.pose_files import MappingDataset
 from fairhuman_jax.data.shards import ShardedDataset
 from fairhuman_jax.data.tfds_folder import TFDSDataset, build_tfds
 from fairhuman_jax.data.transforms import JointTransform
@@ -173,3 +178,130 @@ def test_folders_that_are_none_of_the_three_are_refused(tmp_path, data):
         encode_folder(shards, Pooling(), {}, tmp_path / "again", text=False)
     with pytest.raises(ValueError, match="resolution 16 must be a multiple of the step 64"):
         take(dataclasses.replace(data, buckets=True), 1)
+
+
+# -- people with joints ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def posed(tmp_path_factory):
+    """A mapping file of eight pictures, one to three people each."""
+    root, rng, mapping = tmp_path_factory.mktemp("posed"), np.random.default_rng(3), {}
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE + 6 * (i % 3), 3), np.uint8)).save(root / f"{i}.png")
+        points = rng.uniform((0, 0, 0.1), (SIZE - 1, SIZE - 1, 1), (1 + i % 3, 17, 3)).astype(np.float32)
+        people = np.array([{"keypoints": p, "score": p[:, 2].mean(), "area": 1.0} for p in points], object)
+        np.savez(root / f"{i}.npz", people)
+        mapping[f"id{i}"] = {"img_path": f"{i}.png", "prompt": "people " + "." * i, "pose_path": f"{i}.npz"}
+    (root / "mapping_file_training.json").write_text(json.dumps(mapping))
+    return DataConfig(folder=str(root / "mapping_file_training.json"), resolution=SIZE, held_out=2, on_error="stop")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The people world with skeletons, eight pictures, in a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAIRHUMAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield DataConfig(length=6, held_out=2, resolution=SIZE, conditioning="humansd", keypoints=True)
+
+
+def redrawn(batch):
+    """Skeletons of a batch's key points."""
+    style = dataclasses.replace(HUMANSD17, threshold=0.02)
+    return np.stack([draw_bodies(np.zeros((SIZE, SIZE, 3), np.uint8), people, style) for people in batch["keypoints"]])
+
+
+def test_mapping_files_give_what_is_asked_for(posed):
+    assert isinstance(open_source(posed), MappingDataset)
+    training, held_out = open_data(posed)
+    assert (len(training), len(held_out)) == (6, 2)
+    assert [training[i]["caption"].count(".") for i in range(6)] == list(range(6))
+    plain = take(posed, 1)[0]
+    assert "conditioning_image" not in plain and "keypoints" not in plain
+    (drawn,) = take(dataclasses.replace(posed, conditioning="humansd"), 1)
+    assert drawn["conditioning_image"].any() and "keypoints" not in drawn
+    both = dataclasses.replace(posed, conditioning="humansd", keypoints=True, crop="random", flip=0.5)
+    for batch in take(both, 4):
+        assert batch["keypoints"].shape == (2, 10, 17, 3)
+        np.testing.assert_array_equal(batch["conditioning_image"], redrawn(batch))
+    bare = take(dataclasses.replace(both, conditioning=None), 4)
+    for batch, other in zip(bare, take(both, 4), strict=True):
+        assert "conditioning_image" not in batch
+        np.testing.assert_array_equal(batch["keypoints"], other["keypoints"])
+
+
+def test_the_people_world_hands_out_exact_skeletons(world):
+    first, flipped = take(world, 3), take(dataclasses.replace(world, flip=1.0), 3)
+    for batch, mirrored in zip(first, flipped, strict=True):
+        np.testing.assert_array_equal(batch["conditioning_image"], redrawn(batch))
+        np.testing.assert_array_equal(mirrored["conditioning_image"], redrawn(mirrored))
+        np.testing.assert_array_equal(mirrored["image"], batch["image"][:, :, ::-1])
+        left, right = batch["keypoints"][:, 0, 5], mirrored["keypoints"][:, 0, 6]
+        there = left[:, 2] > 0
+        np.testing.assert_allclose(right[there, 0], SIZE - left[there, 0], atol=1e-4)
+    assert sum(int((batch["keypoints"][:, 0, :, 2] > 0).sum()) for batch in first) > 30
+    drawn_alone = take(dataclasses.replace(world, keypoints=False), 1)[0]
+    assert "keypoints" not in drawn_alone and drawn_alone["face_mask"].shape == (2, SIZE, SIZE, 1)
+    np.testing.assert_array_equal(drawn_alone["conditioning_image"], first[0]["conditioning_image"])
+
+
+def test_held_out_skeletons_stay_and_published_ones_do_not(posed):
+    data = dataclasses.replace(posed, conditioning="humansd", keypoints=True)
+    reference = dataclasses.replace(data, compat="reference")
+    centred = held_out_batches(open_data(data)[1], Pooling(), data, 2)[0]
+    source = open_data(data)[1]
+    expected = JointTransform(SIZE)(source[0], np.random.default_rng(0))["image"]
+    np.testing.assert_array_equal(centred["image"][0], expected)
+    published = held_out_batches(open_data(reference)[1], Pooling(), reference, 2)[0]
+    again = held_out_batches(open_data(reference)[1], Pooling(), reference, 2)[0]
+    np.testing.assert_array_equal(published["keypoints"], again["keypoints"])
+    transform = PoseTransform(SIZE, "random", masks=(), compat="reference")
+    for i in range(2):
+        rng = np.random.default_rng((0, 0, i))
+        rng.random(2)  # which caption, and whether
+        np.testing.assert_array_equal(published["image"][i], transform(source[i], rng)["image"])
+    assert not np.array_equal(published["keypoints"], centred["keypoints"])
+    np.testing.assert_array_equal(published["conditioning_image"], redrawn(published))
+    batches = take(dataclasses.replace(reference, flip=1.0), 4)
+    assert all("face_mask" not in batch and batch["image"].shape == (2, SIZE, SIZE, 3) for batch in batches)
+
+
+def test_skeletons_are_kept_with_latents(posed, tmp_path):
+    data = dataclasses.replace(posed, conditioning="humansd", keypoints=True)
+    encode_folder(data, Pooling(), {}, tmp_path / "shards", text=False)
+    shards = dataclasses.replace(data, folder=str(tmp_path / "shards"))
+    plain, latents, stored = take(data, 3), take(dataclasses.replace(data, cache_latents=True), 3), take(shards, 3)
+    for batch, *others in zip(plain, latents, stored, strict=True):
+        for other in others:
+            assert "image" not in other and other["latent_mean"].shape == (2, SIZE // 2, SIZE // 2, 3)
+            for name in ("conditioning_image", "keypoints", "input_ids"):
+                np.testing.assert_array_equal(other[name], batch[name])
+
+
+def test_buckets_draw_skeletons_of_their_shapes(posed):
+    data = dataclasses.replace(posed, conditioning="humansd", keypoints=True, buckets=True, bucket_step=4)
+    batches = take(data, 8)
+    assert len({batch["image"].shape for batch in batches}) > 1
+    assert all(batch["conditioning_image"].shape == batch["image"].shape for batch in batches)
+
+
+def test_pose_settings_that_do_not_fit_are_refused(posed, data):
+    for setting, words in (
+        ({"keypoints": True}, "has none; mapping files"),
+        ({"compat": "reference"}, "no mapping file"),
+    ):
+        with pytest.raises(ValueError, match=f"data.{next(iter(setting))}: .* {words}"):
+            open_source(dataclasses.replace(data, conditioning="humansd", **setting))
+    assert isinstance(open_source(dataclasses.replace(data, conditioning="humansd")), FolderDataset)
+    with pytest.raises(ValueError, match=r"has joints alone; set data.conditioning to humansd or none"):
+        open_source(dataclasses.replace(posed, conditioning="fairhuman"))
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json: not found; a mapping file"):
+        open_source(DataConfig(folder="nowhere.json"))
+    published = dataclasses.replace(posed, compat="reference", conditioning="humansd")
+    for wrong in ({"conditioning": None}, {"buckets": True, "bucket_step": 4}, {"cache_latents": True}):
+        with pytest.raises(ValueError, match=r"and neither data.buckets nor data.cache_latents"):
+            open_source(dataclasses.replace(published, **wrong))
+    with pytest.raises(ConfigError, match=r"conditioning=openpose: needs .*'fairhuman', 'humansd'"):
+        apply_overrides(posed, ["conditioning=openpose"])
+    assert apply_overrides(posed, ["conditioning=none"]).conditioning is None
+    assert apply_overrides(posed, ["conditioning=humansd"]).conditioning == "humansd"

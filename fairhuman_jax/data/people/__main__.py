@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fairhuman_jax.data.export import export_folder
+from fairhuman_jax.data.people.conditions import CONDITIONS
 from fairhuman_jax.data.people.dataset import PeopleDataset
 from fairhuman_jax.data.people.sheet import contact_sheet
 from fairhuman_jax.data.preview import overlay
+
+# An option that may stand alone.
+CONDITIONING: dict[str, Any] = {"nargs": "?", "const": "fairhuman", "choices": tuple(CONDITIONS)}
 
 
 def sheet(arguments: argparse.Namespace) -> None:
@@ -45,7 +50,7 @@ def _add_sheet(commands) -> None:
     parser.add_argument("--columns", type=int, default=4, help="samples in a row")
     parser.add_argument("--tile", type=int, default=192, help="pixels a sample is enlarged to")
     parser.add_argument("--framing", default=None, help="force one framing, for example 'portrait'")
-    parser.add_argument("--conditioning", action="store_true", help="show the control images alone")
+    parser.add_argument("--conditioning", **CONDITIONING, help="show the control images alone, of this style")
     parser.set_defaults(run=sheet)
 
 
@@ -70,7 +75,7 @@ def _add_export(commands) -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--size", type=int, default=128, help="pixels of a sample")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--conditioning", action="store_true", help="draw control images: skeleton and hand depth")
+    parser.add_argument("--conditioning", **CONDITIONING, help="draw control images of this style")
     parser.set_defaults(run=export)
 
 
