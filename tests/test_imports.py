@@ -19,7 +19,7 @@ LAYERS = (
     ("weights", "data", "annotate"),
     ("systems",),
     ("training", "evaluation"),
-    ("doors",),
+    ("doors", "evaluate"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = ("losses", "diffusion")

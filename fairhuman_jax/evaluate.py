@@ -1,0 +1,181 @@
+"""Measurements on folders of pictures: `python -m fairhuman_jax.evaluate {fetch,pose,fid,kid,clip} --help`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from tqdm import tqdm
+
+from fairhuman_jax.doors.common import (
+    USER_ERRORS,
+    add_debug,
+    choose_cpu_kernels,
+    keep_compiled_programs,
+    refuse,
+)
+from fairhuman_jax.evaluation.clip_similarity import clip_similarities, load_clip
+from fairhuman_jax.evaluation.fid import KID_SIZE, KID_SUBSETS, check_subsets, fid, kid
+from fairhuman_jax.evaluation.folders import captions_for, list_pictures, paired_people, read_pictures
+from fairhuman_jax.evaluation.inception import PACKAGE, Resize, fetch_inception, load_inception, picture_features
+from fairhuman_jax.evaluation.keypoint_metrics import pose_scores
+from fairhuman_jax.training.logging import table
+from fairhuman_jax.weights.files import write_json
+
+FEW = 2048  # pictures, below which the covariance of Inception's features has not full rank
+
+
+def fetch(options: argparse.Namespace) -> None:
+    """Fetch Inception's weights from the package index, check their hash and keep them in the cache folder."""
+    print(f"Inception of {PACKAGE}: {fetch_inception()}")
+
+
+def pose(options: argparse.Namespace) -> None:
+    """Average precision and recall of key points by OKS and by shape (CAP), and the error of the number of people."""
+    found, truth = paired_people(options.generated, options.true)
+    scores = pose_scores(found, truth, options.compat)
+    people = scores.pop("people")
+    print(table([{"measure": name, **values} for name, values in scores.items()]))
+    print()
+    print(table([{"pictures": len(truth), **people}]))
+    _write(options, {"pictures": len(truth), **scores, "people": people})
+
+
+def _add_pose(commands) -> None:
+    parser = _add(commands, "pose", pose)
+    parser.add_argument("generated", type=Path, help="key points found on generated pictures: a folder or a COCO file")
+    parser.add_argument("true", type=Path, help="those they were made for, files of the same names")
+    parser.add_argument(
+        "--compat", choices=("reference",), help="areas, batches of 10 and counts as in HumanSD's program"
+    )
+
+
+def frechet(options: argparse.Namespace) -> None:
+    """Frechet distance of Inception features (FID) of two folders."""
+    features = _features(options, _folders(options))
+    row = {"FID": fid(*features), "generated": len(features[0]), "real": len(features[1])}
+    print(table([row]))
+    if min(map(len, features)) < FEW:
+        print(f"fewer than {FEW} pictures a side: FID is biased upwards; compare equal numbers only, or use kid")
+    _write(options, {**row, "resize": options.resize})
+
+
+def _add_fid(commands) -> None:
+    _add_folders(_add(commands, "fid", frechet))
+
+
+def kernel(options: argparse.Namespace) -> None:
+    """Kernel distance of Inception features (KID) of two folders; unbiased, so fit for few pictures."""
+    folders = _folders(options)
+    counts = [len(paths) for paths in folders]
+    size = options.size if options.size is not None else min(KID_SIZE, *counts)
+    check_subsets(options.subsets, size, min(counts))
+    features = _features(options, folders)
+    mean, deviation = kid(*features, subsets=options.subsets, size=size, seed=options.seed)
+    row = {"KID": mean, "deviation": deviation, "subset": size, "generated": counts[0], "real": counts[1]}
+    print(table([row]))
+    _write(options, {**row, "resize": options.resize, "subsets": options.subsets, "seed": options.seed})
+
+
+def _add_kid(commands) -> None:
+    parser = _add(commands, "kid", kernel)
+    _add_folders(parser)
+    parser.add_argument("--subsets", type=int, default=KID_SUBSETS, help=f"random subsets (default {KID_SUBSETS})")
+    parser.add_argument("--size", type=int, help=f"pictures of each (default {KID_SIZE}, or all if there are fewer)")
+    parser.add_argument("--seed", type=int, default=0, help="of the subsets (default 0)")
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("generated", type=Path, help="folder of pictures")
+    parser.add_argument("real", type=Path, help="folder of pictures")
+    parser.add_argument(
+        "--resize", choices=get_args(Resize), default="tensorflow", help="to 299 pixels (default tensorflow)"
+    )
+    _add_batch_size(parser)
+
+
+def _add_batch_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time (default 16)")
+
+
+def _folders(options: argparse.Namespace) -> list[list[Path]]:
+    found = [list_pictures(folder) for folder in (options.generated, options.real)]
+    for folder, paths in zip((options.generated, options.real), found, strict=True):
+        if len(paths) < 2:
+            raise ValueError(f"{folder} holds one picture; a distance of sets needs at least 2")
+    return found
+
+
+def _features(options: argparse.Namespace, folders: Sequence[Sequence[Path]]) -> list[np.ndarray]:
+    params = load_inception()
+    bars = [tqdm(read_pictures(paths), str(paths[0].parent), len(paths)) for paths in folders]
+    return [picture_features(params, bar, options.batch_size, options.resize) for bar in bars]
+
+
+def clip(options: argparse.Namespace) -> None:
+    """CLIP similarity of pictures and their captions: 100 times the cosine, at least 0."""
+    paths = list_pictures(options.pictures)
+    captions = captions_for(paths, options.captions)
+    model = load_clip(options.model)
+    progress = tqdm(read_pictures(paths), str(options.pictures), len(paths))
+    values = clip_similarities(model, progress, captions, options.batch_size)
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    row = {"CLIP similarity": float(values.mean()), "standard error": error, "pictures": len(values)}
+    print(table([row]))
+    named = {path.name: float(value) for path, value in zip(paths, values, strict=True)}
+    _write(options, {**row, "model": str(options.model), "by_picture": named})
+
+
+def _add_clip(commands) -> None:
+    parser = _add(commands, "clip", clip)
+    parser.add_argument("pictures", type=Path, help="folder of pictures")
+    parser.add_argument("--captions", type=Path, required=True, metavar="FILE", help=".txt, .json or metadata.jsonl")
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a CLIPModel of transformers")
+    _add_batch_size(parser)
+
+
+def _add(commands, name: str, run) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_debug(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _write(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
+    if options.json is not None:
+        write_json(options.json, _plain(figures))
+        print(f"written: {options.json}")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: what is undefined becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run; `arguments` default to the command line's. Exit codes: 0, 2 (cannot run)."""
+    parser = argparse.ArgumentParser(prog="python -m fairhuman_jax.evaluate", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    fetching = commands.add_parser("fetch", help=fetch.__doc__)
+    add_debug(fetching)
+    fetching.set_defaults(run=fetch)
+    for add in (_add_pose, _add_fid, _add_kid, _add_clip):
+        add(commands)
+    options = parser.parse_args(arguments)
+    choose_cpu_kernels()
+    keep_compiled_programs()
+    try:
+        options.run(options)
+    except USER_ERRORS as error:
+        refuse(parser, error, options.debug)
+
+
+if __name__ == "__main__":
+    main()
