@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,8 +13,12 @@ import pytest
 import tiny_models
 from PIL import Image
 
+from fairhuman_jax.annotate.drawing import draw_poses
+from fairhuman_jax.annotate.poses import make_pose
+from fairhuman_jax.annotate.readers import write_poses
 from fairhuman_jax.doors import sample_door, train_door
 from fairhuman_jax.models import ControlNet
+from fairhuman_jax.systems.humansd import with_pose_channels
 from fairhuman_jax.weights import save_lora, save_model, save_pipeline, save_single_file
 
 CONFIG = """
@@ -180,6 +185,82 @@ def test_pictures_and_a_mesh_go_through_the_door(base, controlnet, pictures, tmp
     recipe = json.loads(Image.open(tmp_path / "1/two-hands-4.png").info["parameters"])
     assert recipe["seed"] == 4 and recipe["scheduler"] == "euler_karras" and recipe["control_scale"] == [0.7]
     assert recipe["mask"].endswith("mask.png") and recipe["strength"] == 0.7
+
+
+@pytest.fixture(scope="module")
+def skeletons(tmp_path_factory):
+    """A tiny HumanSD, one person as key points of a picture of twice the size, and the same person drawn."""
+    folder = tmp_path_factory.mktemp("humansd")
+    pipeline = with_pose_channels(tiny_models.tiny_pipeline())
+    unet = tiny_models.random_params(pipeline.unet, 8)
+    save_pipeline(dataclasses.replace(pipeline, params=pipeline.params | {"unet": unet}), folder / "base")
+    points = np.random.default_rng(4).uniform(1, 15, (17, 2))
+    person, found = (make_pose(np.concatenate([scale * points, np.ones((17, 1))], axis=1)) for scale in (1, 2))
+    write_poses(folder / "pose.npz", [found], size=(32, 32))
+    write_poses(folder / "far.npz", [make_pose(np.add(person.keypoints, (99, 0, 0)))])
+    Image.fromarray(draw_poses([person], (16, 16))).save(folder / "drawn.png")
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "nobody.png")
+    return folder
+
+
+def test_a_skeleton_is_drawn_from_key_points_and_compared(base, controlnet, skeletons, tmp_path):
+    options = ["a person", "--system", "humansd", "--base", str(skeletons / "base"), "--steps", "3"]
+    pictures = {}
+    for pose in ("pose.npz", "drawn.png", "nobody.png"):
+        sample_door([*options, "--size", "16", "--pose", str(skeletons / pose), "--output", str(tmp_path / pose)])
+        pictures[pose] = np.asarray(Image.open(tmp_path / pose / "a-person-0.png"), int)
+    np.testing.assert_array_equal(pictures["pose.npz"], pictures["drawn.png"])
+    assert np.abs(pictures["pose.npz"] - pictures["nobody.png"]).max() > 2
+
+    out = tmp_path / "beside"
+    options += ["--size", "16", "--pose", str(skeletons / "pose.npz"), "--output", str(out), "--seed", "0,1"]
+    sample_door([*options, "--compare-base", str(base), "--controlnet", str(controlnet / "net")])
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "a-person-0.png"), int), pictures["pose.npz"])
+    (other,) = (path for path in out.glob("a-person-0-*.png"))
+    assert np.abs(np.asarray(Image.open(other), int) - pictures["pose.npz"]).max() > 2
+    assert len(list(out.iterdir())) == 5 and Image.open(out / "sheet.png").width == 3 * 128
+
+
+def test_the_published_run_has_its_own_defaults(skeletons, tmp_path):
+    options = ["a person", "--base", str(skeletons / "base"), "--size", "16", "--output", str(tmp_path)]
+    sample_door([*options, "--pose", str(skeletons / "pose.npz"), "--compat", "reference"])
+    (path,) = tmp_path.iterdir()
+    recipe = json.loads(Image.open(path).info["parameters"])
+    assert (recipe["scheduler"], recipe["steps"], recipe["guidance"]) == ("ddim_humansd", 50, 10.0)
+    assert recipe["negative"].startswith("longbody") and recipe["prompt"].startswith("a person, detailed background")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "it needs a pose picture"),
+        (["--system", "humansd"], "--system humansd needs --pose or --pose-of"),
+        (["--pose", "pose.npz", "--pose-of", "drawn.png"], "--pose and --pose-of: give one of the two"),
+        (["--pose", "none.npz"], "none.npz does not exist; expected a file of key points"),
+        (["--pose", "far.npz"], "all 1 people lie outside the canvas 16x16"),
+        (["--pose", "pose.npz", "--compare-base", "people"], "--compare-base needs --controlnet or --adapter"),
+        (
+            ["--pose", "drawn.png", "--compare-base", "people", "--adapter", "x"],
+            "--compare-base needs key points, but --pose",
+        ),
+        (["--pose", "pose.npz", "--compare-base", "x", "--adapter", "x", "--condition", "y"], "gives the pose, but 1"),
+        (["--compat", "reference"], "--compat needs --pose or --pose-of"),
+        (["--pose-size", "64"], "--pose-size needs --pose"),
+    ],
+)
+def test_skeletons_that_do_not_fit_are_refused(skeletons, capsys, arguments, expected):
+    places = {path.name: str(path) for path in skeletons.iterdir()} | {"none.npz": str(skeletons / "none.npz")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    options = ["a person", "--base", str(skeletons / "base"), "--size", "16", *arguments]
+    assert expected in refused(capsys, sample_door, options)
+
+
+def test_a_skeleton_is_for_humansd_alone(base, skeletons, capsys):
+    options = ["a person", "--base", str(base), "--size", "16", "--pose", str(skeletons / "pose.npz")]
+    assert "a pose picture is for HumanSD" in refused(capsys, sample_door, options)
+    assert "is not HumanSD: its denoiser reads 4 channels" in refused(
+        capsys, sample_door, [*options, "--system", "humansd"]
+    )
 
 
 def test_a_single_file_draws_what_its_folder_draws(tmp_path):

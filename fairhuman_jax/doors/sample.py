@@ -6,18 +6,18 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from jax.sharding import Mesh
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from fairhuman_jax.data.folder import read_image, read_mask
 from fairhuman_jax.diffusion import RULES, rule_of
 from fairhuman_jax.doors.common import (
     USER_ERRORS,
@@ -27,6 +27,8 @@ from fairhuman_jax.doors.common import (
     refuse,
     split_cpu,
 )
+from fairhuman_jax.doors.pictures import Pictures, Size, read_pictures
+from fairhuman_jax.systems.humansd import REFERENCE_ADDED, REFERENCE_NEGATIVE, REFERENCE_SCHEDULER
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
 from fairhuman_jax.systems.pipelines import open_system
 from fairhuman_jax.systems.sampling import make_request
@@ -34,7 +36,7 @@ from fairhuman_jax.training.reporting import sheet
 from fairhuman_jax.training.sharding import make_mesh, replicate, shard_rows
 from fairhuman_jax.weights import load_loras, tokens_cut
 
-Size = tuple[int, int]
+PUBLISHED = {"steps": 50, "guidance": 10.0, "negative": REFERENCE_NEGATIVE, "scheduler": REFERENCE_SCHEDULER}
 
 
 def sample_door(arguments: Sequence[str] | None = None) -> None:
@@ -44,6 +46,7 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
     try:
         _check(options)
         options.prompts += _read_prompts(options.file) if options.file else []
+        _fill_in(options)
         if not options.prompts:
             raise ValueError("nothing to draw: give a prompt, or --prompts FILE")
         keep_compiled_programs()
@@ -63,8 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--negative", default=None, help="what the picture should not be")
     parser.add_argument("--seed", type=_numbers, default=[0], metavar="N[,N...]", help="one image a prompt and seed")
     parser.add_argument("--number", type=int, default=1, help="images a prompt and seed; each next one adds 1 to it")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 leaves it out")
+    parser.add_argument("--steps", type=int, default=None, help="default 40")
+    parser.add_argument(
+        "--guidance", type=float, default=None, help="classifier-free guidance, 1 leaves it out (default 4)"
+    )
     parser.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R", help="arXiv 2305.08891, 0 to 1")
     parser.add_argument("--scheduler", choices=sorted(RULES), default=None, help="default: what the base asks for")
     parser.add_argument("--size", type=_size, default=None, metavar="N or HxW", help="pixels (default: the base's)")
@@ -93,6 +98,24 @@ def _parser() -> argparse.ArgumentParser:
     pictures.add_argument("--strength", type=float, default=None, help="share of the steps it goes through, 0 to 1")
     pictures.add_argument("--mask", type=Path, default=None, metavar="IMAGE", help="white: draw anew")
 
+    skeleton = parser.add_argument_group("skeletons: HumanSD")
+    skeleton.add_argument(
+        "--system", choices=["auto", "humansd"], default="auto", help="what --base is (auto: as its channels say)"
+    )
+    skeleton.add_argument(
+        "--pose", type=Path, default=None, metavar="FILE", help="key points (.npz, .json), or a picture of a skeleton"
+    )
+    skeleton.add_argument("--pose-of", type=Path, default=None, metavar="PHOTO", help="the pose of those on a picture")
+    skeleton.add_argument(
+        "--pose-size", type=_size, default=None, metavar="N or HxW", help="of the picture that key points belong to"
+    )
+    skeleton.add_argument(
+        "--compare-base", default=None, metavar="BASE", help="draw each --controlnet and --adapter beside it, on BASE"
+    )
+    skeleton.add_argument(
+        "--compat", choices=["reference"], default=None, help="the published run: 49 of 50 steps, guidance 10, prompts"
+    )
+
     machine = parser.add_argument_group("machine and output")
     machine.add_argument("--batch", type=int, default=16, help="images at once")
     machine.add_argument("--mesh", type=_mesh, default=1, metavar="N|all", help="devices that share each batch")
@@ -104,75 +127,153 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
     for name in ("number", "steps", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: at least 1")
-    wanted = len(options.controlnet) + len(options.adapter)
-    if len(options.condition) != wanted:
-        raise ValueError(f"{wanted} of --controlnet and --adapter, but {len(options.condition)} of --condition")
-    if len(options.control_scale) > wanted:
-        raise ValueError(f"{len(options.control_scale)} of --control-scale for {wanted} of --controlnet and --adapter")
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: at least 1")
+    _check_pose(options)
+    nets = len(options.controlnet) + len(options.adapter)
+    if len(options.condition) != (0 if options.compare_base else nets):
+        where = ", which --compare-base gives the pose" if options.compare_base else ""
+        raise ValueError(f"{nets} of --controlnet and --adapter{where}, but {len(options.condition)} of --condition")
+    if len(options.control_scale) > nets:
+        raise ValueError(f"{len(options.control_scale)} of --control-scale for {nets} of --controlnet and --adapter")
+    options.control_scale += [1.0] * (nets - len(options.control_scale))
     if options.init_image is None:
         for name in ("strength", "mask"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} needs --init-image")
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """What the options name, as uint8 arrays of the asked size."""
+def _check_pose(options: argparse.Namespace) -> None:
+    posed = options.pose or options.pose_of
+    if options.pose and options.pose_of:
+        raise ValueError("--pose and --pose-of: give one of the two")
+    for name, needs in (("pose_size", options.pose), ("compat", posed), ("compare_base", posed)):
+        if getattr(options, name) and not needs:
+            raise ValueError(f"--{name.replace('_', '-')} needs --pose" + (" or --pose-of" if needs is posed else ""))
+    if options.system == "humansd" and not posed:
+        raise ValueError("--system humansd needs --pose or --pose-of")
+    if options.compare_base and not (options.controlnet or options.adapter):
+        raise ValueError("--compare-base needs --controlnet or --adapter")
 
-    size: Size
-    image: np.ndarray | None
-    mask: np.ndarray | None
-    conditions: list[np.ndarray]
+
+def _fill_in(options: argparse.Namespace) -> None:
+    """Defaults, which the published run has of its own."""
+    defaults = {"steps": 40, "guidance": 4.0}
+    if options.compat:
+        defaults = PUBLISHED
+        options.prompts = [f"{prompt}, {REFERENCE_ADDED}" for prompt in options.prompts]
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def _sample(options: argparse.Namespace) -> list[Path]:
     """Draws and writes; returns the files."""
     mesh = make_mesh(devices=_devices(options.mesh))
-    system, params = open_system(
-        options.base,
-        controlnets=options.controlnet,
-        adapters=options.adapter,
-        dtype=options.dtype,
-        **{name: value for name in ("variant", "revision", "tokenizer") if (value := vars(options)[name]) is not None},
-    )
-    pictures = _pictures(options, system)
+    beside = bool(options.compare_base)
+    system, params = _open(options, options.base, *([], []) if beside else (options.controlnet, options.adapter))
+    if (options.system == "humansd" or beside) and not system.pipeline.reads_pose:
+        raise ValueError(
+            f"--base {options.base} is not HumanSD: its denoiser reads {system.pipeline.unet.in_channels} channels, "
+            f"HumanSD's reads {2 * system.pipeline.vae.config['latent_channels']}"
+        )
+    pictures = read_pictures(options, system)
+    if beside and pictures.openpose is None:
+        raise ValueError(f"--compare-base needs key points, but --pose {options.pose} is a drawn skeleton")
     if not options.long_prompt:
         _warn_of_cuts(options.prompts, system)
     lora = load_loras([_path_and_weight(entry) for entry in options.lora], params) if options.lora else None
     jobs = [(p, seed + i) for p in options.prompts for seed in options.seed for i in range(options.number)]
-    program = jax.jit(system.sample_images)
     options.output.mkdir(parents=True, exist_ok=True)
-    width = min(options.batch, len(jobs))
-    width += -width % mesh.size
-    params, lora = replicate(mesh, (params, lora))
-    images: list[np.ndarray] = []
-    written: list[Path] = []
-    with tqdm(total=len(jobs), desc="drawing", unit="image") as bar:
-        for first in range(0, len(jobs), width):
-            group = jobs[first : first + width]
-            # The last group is filled up, so that one compiled program serves all.
-            request = shard_rows(mesh, _request(options, system, pictures, group, width), width)
-            drawn = np.asarray(program(params, request, jax.random.key(0), lora))[: len(group)]
-            images.extend(drawn)
-            for (prompt, seed), image in zip(group, drawn, strict=True):
-                written.append(_write(options, system, pictures.size, prompt, seed, image))
-            bar.update(len(group))
-    if len(jobs) > 1:
+    scales = [] if beside else options.control_scale
+    images, written = _draw(options, mesh, Model("", system, params, pictures, scales, options.scheduler, lora), jobs)
+    columns = [images]
+    for other in _others(options, pictures) if beside else ():
+        drawn, files = _draw(options, mesh, other, jobs)
+        columns, written = [*columns, drawn], [*written, *files]
+    if beside or len(jobs) > 1:
         path = options.output / "sheet.png"
-        sheet(np.stack(images), [prompt for prompt, _ in jobs]).save(path)
+        _sheet(options, columns, jobs, pictures).save(path)
         written.append(path)
     return written
 
 
-def _request(
-    options: argparse.Namespace, system: LatentDiffusion, pictures: Pictures, group: list[tuple[str, int]], width: int
-) -> Any:
+@dataclass(frozen=True)
+class Model:
+    """What draws: networks, their parameters, the pictures that they read; `name` tells files of several apart."""
+
+    name: str
+    system: LatentDiffusion
+    params: Any
+    pictures: Pictures
+    scales: list[float]
+    scheduler: str | None
+    lora: Any = None
+
+
+def _open(
+    options: argparse.Namespace, base: str, controlnets: Sequence[str], adapters: Sequence[str]
+) -> tuple[LatentDiffusion, Any]:
+    """`open_system` with what the options say of files; --variant and so on are the main base's alone."""
+    of_base = ("variant", "revision", "tokenizer") if base == options.base else ()
+    files = {name: value for name in of_base if (value := vars(options)[name]) is not None}
+    return open_system(base, controlnets=controlnets, adapters=adapters, dtype=options.dtype, **files)
+
+
+def _others(options: argparse.Namespace, pictures: Pictures) -> Iterator[Model]:
+    """Each ControlNet and T2I-Adapter on the base of the comparison, with the same people in OpenPose's style."""
+    assert pictures.openpose is not None, "checked in `_sample`"
+    shown = Pictures(pictures.size, conditions=(pictures.openpose,))
+    nets = [(path, [path], []) for path in options.controlnet] + [(path, [], [path]) for path in options.adapter]
+    scheduler = "ddim" if options.compat else options.scheduler
+    for (path, controlnets, adapters), scale in zip(nets, options.control_scale, strict=True):
+        network = _open(options, options.compare_base, controlnets, adapters)
+        yield Model(_stem(path), *network, shown, [scale], scheduler)
+
+
+def _draw(
+    options: argparse.Namespace, mesh: Mesh, model: Model, jobs: list[tuple[str, int]]
+) -> tuple[list[np.ndarray], list[Path]]:
+    """Every job's picture and file, batch by batch."""
+    program = jax.jit(model.system.sample_images)
+    width = min(options.batch, len(jobs))
+    width += -width % mesh.size
+    params, lora = replicate(mesh, (model.params, model.lora))
+    images: list[np.ndarray] = []
+    written: list[Path] = []
+    with tqdm(total=len(jobs), desc=f"drawing {model.name}".strip(), unit="image") as bar:
+        for first in range(0, len(jobs), width):
+            group = jobs[first : first + width]
+            # The last group is filled up, so that one compiled program serves all.
+            request = shard_rows(mesh, _request(options, model, group, width), width)
+            drawn = np.asarray(program(params, request, jax.random.key(0), lora))[: len(group)]
+            images.extend(drawn)
+            for (prompt, seed), image in zip(group, drawn, strict=True):
+                written.append(_write(options, model, prompt, seed, image))
+            bar.update(len(group))
+    return images, written
+
+
+def _sheet(
+    options: argparse.Namespace, columns: list[list[np.ndarray]], jobs: list[tuple[str, int]], pictures: Pictures
+) -> Image.Image:
+    """A contact sheet; of a comparison a row a job: skeleton, HumanSD, each ControlNet, each adapter."""
+    prompts = [prompt for prompt, _ in jobs]
+    if not options.compare_base:
+        return sheet(np.stack(columns[0]), prompts)
+    assert pictures.pose is not None, "checked in `_check_pose`"
+    skeleton = pictures.pose / 127.5 - 1.0
+    rows = [image for row in zip(*columns, strict=True) for image in (skeleton, *row)]
+    names = ["HumanSD", *map(_stem, [*options.controlnet, *options.adapter])]
+    titles = [title for prompt in prompts for title in (prompt, *names)]
+    return sheet(np.stack(rows), titles, columns=1 + len(columns))
+
+
+def _request(options: argparse.Namespace, model: Model, group: list[tuple[str, int]], width: int) -> Any:
     filled = group + [group[-1]] * (width - len(group))
-    scales = options.control_scale + [1.0] * (len(options.condition) - len(options.control_scale))
+    pictures = model.pictures
     return make_request(
-        system,
+        model.system,
         [prompt for prompt, _ in filled],
         [seed for _, seed in filled],
         steps=options.steps,
@@ -180,74 +281,36 @@ def _request(
         rescale=options.guidance_rescale,
         size=pictures.size,
         negative=options.negative,
-        scheduler=options.scheduler,
+        scheduler=model.scheduler,
         strength=1.0 if options.strength is None else options.strength,
         image=pictures.image,
         mask=pictures.mask,
         conditions=pictures.conditions,
-        scales=scales,
+        scales=model.scales,
+        pose=pictures.pose,
+        pose_latent="sample" if options.compat else "mode",
         long_prompts=options.long_prompt,
     )
 
 
-def _write(
-    options: argparse.Namespace, system: LatentDiffusion, size: Size, prompt: str, seed: int, image: np.ndarray
-) -> Path:
+def _write(options: argparse.Namespace, model: Model, prompt: str, seed: int, image: np.ndarray) -> Path:
     """One PNG, named by prompt and seed, with its recipe as text chunk `parameters` (JSON)."""
     left_out = ("prompts", "file", "number", "batch", "mesh", "output", "debug", "seed", "size")
     recipe = {name: _plain(value) for name, value in vars(options).items() if name not in left_out}
-    recipe |= {"prompt": prompt, "seed": seed, "height": size[0], "width": size[1]}
-    recipe["scheduler"] = options.scheduler or rule_of(system.pipeline.schedule).name
+    height, width = model.pictures.size
+    recipe |= {"prompt": prompt, "seed": seed, "height": height, "width": width}
+    recipe["scheduler"] = model.scheduler or rule_of(model.system.pipeline.schedule).name
     metadata = PngInfo()
     metadata.add_text("parameters", json.dumps(recipe))
-    stem = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
-    path = options.output / f"{stem}-{seed}.png"
+    path = options.output / f"{'-'.join(filter(None, (_stem(prompt, 'image'), str(seed), model.name)))}.png"
     pixels = np.rint((image + 1.0) * 127.5).astype(np.uint8)
     Image.fromarray(pixels).save(path, pnginfo=metadata)
     return path
 
 
-def _pictures(options: argparse.Namespace, system: LatentDiffusion) -> Pictures:
-    """Reads the pictures; without --size the first one gives it, rounded down to what the networks halve."""
-    image = read_image(options.init_image) if options.init_image else None
-    conditions = [read_image(path) for path in options.condition]
-    given = [picture.shape[:2] for picture in (image, *conditions) if picture is not None]
-    size = _checked_size(options.size, given[0] if given else None, system)
-    mask = None
-    if options.mask and image is not None:
-        mask = read_mask(options.mask)
-        if mask.shape[:2] != image.shape[:2]:
-            raise ValueError(
-                f"--mask {options.mask} is {mask.shape[0]}x{mask.shape[1]}, but --init-image is "
-                f"{image.shape[0]}x{image.shape[1]}"
-            )
-        mask = _fitted(mask[..., 0], size, Image.Resampling.NEAREST)[..., None]
-    return Pictures(
-        size,
-        None if image is None else _fitted(image, size),
-        mask,
-        [_fitted(condition, size) for condition in conditions],
-    )
-
-
-def _fitted(pixels: np.ndarray, size: Size, method: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
-    """Resized, and cropped at the middle where the proportions differ."""
-    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (size[1], size[0]), method))
-
-
-def _checked_size(asked: Size | None, given: Size | None, system: LatentDiffusion) -> Size:
-    """The asked size, that of the picture to draw from, or the base's own."""
-    unet, factor = system.pipeline.unet, system.pipeline.vae.downscale
-    if asked is not None:
-        if asked[0] % factor or asked[1] % factor or min(asked) < factor:
-            raise ValueError(f"--size {asked[0]}x{asked[1]}: both sides must be multiples of {factor}")
-        return asked
-    if given is not None:
-        multiple = factor * 2 ** (len(unet.block_out_channels) - 1)
-        return max(given[0] // multiple, 1) * multiple, max(given[1] // multiple, 1) * multiple
-    side = unet.sample_size or 64
-    height, width = (side, side) if isinstance(side, int) else side
-    return height * factor, width * factor
+def _stem(text: str, fallback: str = "model") -> str:
+    """A name for files: letters and digits of the end of a path, or of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or fallback
 
 
 def _warn_of_cuts(prompts: Sequence[str], system: LatentDiffusion) -> None:
