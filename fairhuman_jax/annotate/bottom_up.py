@@ -197,10 +197,10 @@ def smooth_logarithm(heat: np.ndarray) -> np.ndarray:
 
 def adjust(people: np.ndarray, logarithm: np.ndarray) -> np.ndarray:
     """People [P, 17, 3 + L] with each joint moved from its peak to the top of the parabola through the logarithm of
-    heat around it: one Newton step. A step of more than two pixels, as on a plateau, is not taken."""
+    heat around it: one Newton step. None is taken across the border, or of more than two pixels, as on a plateau."""
     person, joint = np.nonzero(people[..., 2] > 0)
     x, y = people[person, joint, :2].astype(int).T
-    padded = np.pad(logarithm, ((1, 1), (1, 1), (0, 0)), mode="edge").astype(np.float64)
+    padded = np.pad(logarithm, ((1, 1), (1, 1), (0, 0)), mode="reflect").astype(np.float64)
 
     def at(right: int, down: int) -> np.ndarray:
         return padded[y + 1 + down, x + 1 + right, joint]

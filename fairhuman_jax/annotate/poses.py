@@ -35,16 +35,18 @@ class Pose:
 def make_pose(keypoints: np.ndarray, score: float | None = None, area: float | None = None) -> Pose:
     """A pose of points [17, 3]; score: by default their mean confidence; area: by default that of the box of the
     points whose confidence is above 0. Raises ValueError on another shape and on numbers that are not finite."""
+    if np.iscomplexobj(keypoints):
+        raise ValueError("key points are complex numbers; expected x, y and confidence")
     with np.errstate(over="ignore"):  # what is too large becomes infinite and is refused below
         keypoints = np.asarray(keypoints, np.float32)
     if keypoints.shape != (JOINTS, 3):
         raise ValueError(f"key points {list(keypoints.shape)}; expected [{JOINTS}, 3]: x, y and confidence")
     score = float(keypoints[:, 2].mean()) if score is None else float(score)
+    if not (np.isfinite(keypoints).all() and np.isfinite([score, float(area or 0)]).all()):
+        raise ValueError("key points, score or area that are not finite numbers")
     if area is None:
         known = keypoints[keypoints[:, 2] > 0, :2].astype(np.float64)
         area = float(np.ptp(known, axis=0).prod()) if len(known) else 0.0
-    if not (np.isfinite(keypoints).all() and np.isfinite([score, float(area)]).all()):
-        raise ValueError("key points, score or area that are not finite numbers")
     return Pose(keypoints, score, float(area))
 
 

@@ -62,9 +62,9 @@ def read_poses(path: str | os.PathLike[str], size: Size | None = None, image_id:
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has {path.stat().st_size >> 20} MiB; a file of key points has less than 64")
     try:
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             return _read_npz(path, size)
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             return _read_json(_parse_json(path), size, image_id)
     except RefusedPickle as error:
         raise ValueError(f"{path} {error}; not loaded: a file of key points holds arrays and numbers") from error

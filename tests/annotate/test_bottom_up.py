@@ -22,7 +22,6 @@ from fairhuman_jax.annotate.bottom_up import (
     smooth_logarithm,
 )
 from fairhuman_jax.data.transforms import MIRROR
-from fairhuman_jax.losses.heatmap import resize_aligned
 
 SWAP = list(MIRROR["coco17"])
 HEIGHT, WIDTH, SIGMA = 96, 128, 2.0
@@ -94,9 +93,11 @@ def test_nobody():
 
 def test_thirty_people_and_their_cheapest_assignment():
     rng = np.random.default_rng(0)
-    tags = 2.0 * rng.permutation(34)
+    turn = 2 * np.pi * rng.permutation(34) / 34
+    tags = 20 * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    heat = np.linspace(0.9, 0.4, 34)
     candidates = [
-        np.column_stack([np.arange(34), np.full(34, j), np.linspace(0.9, 0.4, 34), tags + rng.uniform(-0.2, 0.2, 34)])
+        np.column_stack([np.arange(34), np.full(34, j), heat, tags + rng.uniform(-0.2, 0.2, (34, 2))])
         for j in range(17)
     ]
     shuffled = [rows[rng.permutation(34)[:30]].astype(np.float32) for rows in candidates]
@@ -105,7 +106,7 @@ def test_thirty_people_and_their_cheapest_assignment():
     assert len(people) > 30  # more people are begun, though joints go to the first thirty alone
     for person in people[:30]:
         known = person[person[:, 2] > 0]
-        assert len(known) > 10 and len(set(known[:, 0])) == 1  # x is the number of the person
+        assert len(known) > 8 and len(set(known[:, 0])) == 1  # x is the number of the person
 
 
 def test_assignment_has_the_least_total_cost():
@@ -129,11 +130,11 @@ def test_a_joint_with_a_distant_tag_begins_a_person():
     row = np.array([[5, 6, 0.9, 0.0]], np.float32)
     none = np.zeros((0, 4), np.float32)
     for tag, count in ((0.99, 1), (1.01, 2)):
-        candidates = [row, row + (0, 0, 0, tag)] + [none] * 15
+        candidates = [row, row + np.float32([0, 0, 0, tag])] + [none] * 15
         assert len(group(candidates, BottomUpSettings())) == count
     # The first joint that anybody has begins them, in the order of the tree of joints.
     late = [none] * 17
-    late[JOINT_ORDER[7]], late[JOINT_ORDER[9]] = row, row + (1, 0, 0, 0.1)
+    late[JOINT_ORDER[7]], late[JOINT_ORDER[9]] = row, row + np.float32([1, 0, 0, 0.1])
     people = group(late, BottomUpSettings())
     assert len(people) == 1 and np.flatnonzero(people[0, :, 2]).tolist() == [7, 11]
 
@@ -163,7 +164,7 @@ def test_a_newton_step_finds_the_top_of_a_gaussian(at):
     person[0, :, :3] = *np.rint(np.array(at)), 0.8
     error = np.abs(adjust(person, smooth_logarithm(heat))[0, :, :2] - at)
     inside = 3 < at[0] < 60
-    assert error.max() < (0.01 if inside else 0.35)  # a border takes away one half of what the step looks at
+    assert error.max() < (0.01 if inside else 0.35)  # across a border: the pixel itself
 
 
 def test_no_step_from_a_plateau_and_none_for_missing_joints():
@@ -244,7 +245,9 @@ def test_size_of_the_input(size, wanted):
 
 
 def test_the_input_shows_the_picture_by_the_size_minus_one_rule():
-    picture = np.stack([*np.meshgrid(2 * np.arange(100), 3 * np.arange(70)), np.full((70, 100), 255)], -1).astype(np.uint8)
+    picture = np.stack([*np.meshgrid(2 * np.arange(100), 3 * np.arange(70)), np.full((70, 100), 255)], -1).astype(
+        np.uint8
+    )
     pixels, extent = network_input(picture, SMALL)
     assert pixels.shape == (64, 96, 3)
     plain = (pixels * STD + MEAN) * 255
@@ -257,12 +260,23 @@ def test_the_input_shows_the_picture_by_the_size_minus_one_rule():
     np.testing.assert_allclose((network_input(same, SMALL)[0] * STD + MEAN) * 255, same, atol=1e-3)
 
 
+def corner_to_corner(layer, size):
+    """A layer [h, w] at another size, bilinear, corners upon corners."""
+    for axis, count in enumerate(size):
+        at = np.linspace(0, layer.shape[axis] - 1, count)
+        layer = np.apply_along_axis(lambda line, at=at: np.interp(at, np.arange(len(line)), line), axis, layer)
+    return layer
+
+
 def brightness(batch):
     """Stands for a network: every joint is where the picture is bright, and all tags are the same."""
-    light = np.clip(batch[..., 1:2] * STD[1] + MEAN[1], 0, 1)
-    fine, coarse = (np.array(resize_aligned(light, (batch.shape[1] // k, batch.shape[2] // k))) for k in (2, 4))
-    heat, rough = np.repeat(fine, 17, -1), np.repeat(coarse, 17, -1)
-    return np.concatenate([rough, np.zeros_like(rough)], axis=-1), heat
+    light = np.clip(batch[..., 1] * STD[1] + MEAN[1], 0, 1)
+    height, width = light.shape[1:]
+    fine, rough = (
+        np.repeat([corner_to_corner(one, (height // k, width // k))[..., None] for one in light], 17, -1)
+        for k in (2, 4)
+    )
+    return np.concatenate([rough, np.zeros_like(rough)], axis=-1), fine
 
 
 def lit_picture(height, width, at, radius):
@@ -274,12 +288,17 @@ def lit_picture(height, width, at, radius):
 
 @pytest.mark.parametrize(
     ("size", "at", "radius"),
-    [((64, 64), (40.3, 21.7), 6), ((50, 90), (60.2, 30.6), 5), ((200, 150), (49.5, 140.4), 14), ((32, 32), (12.6, 20), 3)],
+    [
+        ((64, 64), (40.3, 21.7), 6),
+        ((50, 90), (60.2, 30.6), 5),
+        ((200, 150), (49.5, 140.4), 14),
+        ((32, 32), (12.6, 20), 3),
+    ],
 )
 def test_key_points_are_pixels_of_the_picture_given(size, at, radius):
     (pose,) = estimate_poses(lit_picture(*size, at, radius), brightness, SMALL)
     assert np.abs(pose.keypoints[:, :2] - at).max() < 0.1 * max(1, min(size) / 64)
-    assert pose.score == pytest.approx(0.9, abs=0.05) and pose.area < 0.1
+    assert pose.score == pytest.approx(0.87, abs=0.05) and pose.area < 0.1
     (published,) = estimate_poses(lit_picture(*size, at, radius), brightness, SMALL, compat="reference")
     np.testing.assert_allclose(published.keypoints, pose.keypoints - (0.5, 0.5, 0), atol=0.02)
     (single,) = estimate_poses(lit_picture(*size, at, radius), brightness, BottomUpSettings(64, 32, flip=False))

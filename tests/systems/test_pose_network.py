@@ -94,31 +94,35 @@ def test_tags_of_a_person_agree_and_those_of_two_differ():
     people[0, 1, 0], people[0, 1, 1] = (0.5, 3.5, 1), (3.5, 3.5, 0)
     people[0, 2, 0] = -1, -1, 0
     people[0, 3, 0] = 30.0, 2.0, 1  # outside the picture
-    expected = 0.25 / 2 + 0.5 * np.exp(-(0.5**2))
-    assert float(tag_loss(tags, people, (4, 4))) == pytest.approx(expected)
     nobody = np.tile(people[:, 2:3], (1, 4, 1, 1))
-    assert float(tag_loss(tags, nobody, (4, 4))) == 0.0
-    assert float(tag_loss(np.tile(tags, (2, 1, 1, 1)), np.concatenate([people, nobody]), (4, 4))) == pytest.approx(
-        expected / 2
-    )
+    expected = 0.25 / 2 + 0.5 * np.exp(-(0.5**2))
+    loss = quick_jit(lambda people: tag_loss(jnp.tile(tags, (2, 1, 1, 1)), people, (4, 4)))
+    assert float(loss(np.concatenate([people, people]))) == pytest.approx(expected)
+    assert float(loss(np.concatenate([people, nobody]))) == pytest.approx(expected / 2)
+    assert float(loss(np.concatenate([nobody, nobody]))) == 0.0
 
 
-def test_the_objective_is_zero_at_the_targets_and_weighs_tags(system):
+def test_the_objective_is_zero_at_the_targets_and_weighs_tags():
     batch = pose_batch()
-    heat = [gaussians(batch["keypoints"], (SIZE, SIZE), (n, n), 1.0) for n in (SIZE // 4, SIZE // 2)]
+    heat = [np.asarray(gaussians(batch["keypoints"], (SIZE, SIZE), (n, n), 1.0)) for n in (SIZE // 4, SIZE // 2)]
 
-    def loss(coarse, tags, fine, **config):
-        prediction = {"coarse": jnp.concatenate([coarse, tags], axis=-1), "fine": fine}
-        return float(PoseNetworkConfig(network=TINY, **config).build().objectives(prediction, batch)["pose"])
+    def losses(**config):
+        system = PoseNetworkConfig(network=TINY, **config).build()
+        loss = quick_jit(lambda prediction: system.objectives(prediction, batch)["pose"])
 
-    same, tags = jnp.ones_like(heat[0]), jax.random.normal(KEY, heat[0].shape)
-    assert loss(heat[0], same, heat[1]) == 0.0
-    assert loss(heat[0] + 0.5, same, heat[1]) == pytest.approx(0.25)
-    assert loss(heat[0], same, heat[1] - 0.1) == pytest.approx(0.01)
-    weighed = loss(heat[0], tags, heat[1], tag_weight=2.0)
-    assert weighed == pytest.approx(2 * float(tag_loss(tags, batch["keypoints"], (SIZE, SIZE))))
-    assert weighed > 0.1
-    assert loss(heat[0], same, heat[1], sigma=2.0) > 0.01
+        def of(coarse, tags, fine):
+            return float(loss({"coarse": np.concatenate([coarse, tags], axis=-1), "fine": fine}))
+
+        return of
+
+    loss, same = losses(tag_weight=2.0), np.ones_like(heat[0])
+    tags = np.random.default_rng(0).normal(size=same.shape).astype(np.float32)
+    assert loss(heat[0], same, heat[1]) == pytest.approx(0.0, abs=1e-9)
+    assert loss(heat[0] + 0.5, same, heat[1]) == pytest.approx(0.25, rel=1e-4)
+    assert loss(heat[0], same, heat[1] - 0.1) == pytest.approx(0.01, rel=1e-4)
+    grouping = float(tag_loss(tags, batch["keypoints"], (SIZE, SIZE)))
+    assert loss(heat[0], tags, heat[1]) == pytest.approx(2 * grouping, rel=1e-4) and grouping > 0.05
+    assert losses(sigma=2.0)(heat[0], same, heat[1]) > 0.01
 
 
 def test_the_loss_falls_on_one_batch(run):

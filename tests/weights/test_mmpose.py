@@ -21,7 +21,7 @@ TINY = {
     "widths": [4, 6, 8],
     "bottlenecks": 2,
     "stage_modules": [1, 2],
-    "blocks": 3,
+    "blocks": 2,
     "head_blocks": 2,
 }
 MODULE = HigherHRNet.from_config(presets.HIGHER_HRNET_W48 | TINY)
@@ -46,8 +46,8 @@ def test_the_network_follows_from_the_tensors(tensors, tmp_path, wrapped):
     module, variables = load_pose_network(path)
     assert module == MODULE
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected_params(MODULE))
-    block = "backbone.stage3.1.branches.2.2"
-    norm = variables["batch_stats"]["backbone"]["stage3.1"]["branches.2.2"]["bn2"]
+    block = "backbone.stage3.1.branches.2.1"
+    norm = variables["batch_stats"]["backbone"]["stage3.1"]["branches.2.1"]["bn2"]
     np.testing.assert_array_equal(norm["mean"], tensors[f"{block}.bn2.running_mean"])
     np.testing.assert_array_equal(norm["var"], tensors[f"{block}.bn2.running_var"])
     kernel = variables["params"]["keypoint_head"]["deconv_layers.0.0.0"]["transposed_kernel"]
