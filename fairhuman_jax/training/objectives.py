@@ -35,13 +35,18 @@ class Linearised:
             return jax.tree.map(lambda leaf: leaf[None], self.pull(jnp.ones(1, jnp.float32)))
         return jax.vmap(self.pull)(jnp.eye(len(self.names), dtype=jnp.float32))
 
-    def pull_each(self) -> PyTree:
-        """As `pull_all`, by K pull-backs one after the other: one set of activation gradients at a time.
+    def pull_each(self) -> tuple[PyTree, ...]:
+        """The K gradients by K pull-backs one after the other: one set of activation gradients at a time.
 
-        With rematerialisation each of them recomputes the forward pass. A loop, since its results are written where
-        they stay: K gradients computed apart would be copied to stand side by side.
+        With rematerialisation each of them recomputes the forward pass. They stay apart, since to stand side by side
+        they would have to be copied.
         """
-        return jax.lax.map(self.pull, jnp.eye(len(self.names), dtype=jnp.float32))
+        gradients: list[PyTree] = []
+        for weights in jnp.eye(len(self.names), dtype=jnp.float32):
+            if gradients:  # what is pulled back next waits for the gradient before it
+                weights, gradients[-1] = jax.lax.optimization_barrier((weights, gradients[-1]))
+            gradients.append(self.pull(weights))
+        return tuple(gradients)
 
 
 def linearise(system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Linearised:
