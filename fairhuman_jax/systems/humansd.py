@@ -199,10 +199,11 @@ class HumanSD(LatentDiffusion):
         self, params: PyTree, prediction: PyTree, timesteps: jax.Array, batch: Batch, key: jax.Array
     ) -> jax.Array:
         """The weight of the reference loss or the mask of the others, from the error of the implied noise."""
-        output, target = (jax.lax.stop_gradient(prediction[name]) for name in ("output", "target"))
         # The noise that a prediction implies is affine in it, so the noisy latents drop out of the difference.
-        origin = jnp.zeros_like(target)
-        eps_hat, eps = (to_epsilon(self.pipeline.schedule, part, origin, timesteps) for part in (output, target))
+        origin = jnp.zeros_like(prediction["target"])
+        eps_hat, eps = (
+            to_epsilon(self.pipeline.schedule, prediction[name], origin, timesteps) for name in ("output", "target")
+        )
         options: dict[str, Any] = {
             "vae_decode": lambda latents: self.decode_unscaled(params, latents),
             "pose_heatmap_fn": lambda pictures: self.heatmaps(params, pictures),
