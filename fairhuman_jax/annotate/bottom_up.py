@@ -145,7 +145,8 @@ def parse_maps(
     people = adjust(people, logarithm)
     if settings.refine:
         searched = logarithm if compat == "reference_cpu" else heat  # there both share their memory
-        people = np.array([refine(person, searched, tags) for person in people]).reshape(people.shape)
+        layers = [np.ascontiguousarray(np.moveaxis(maps, (0, 1), (-2, -1))) for maps in (searched, tags)]
+        people = np.array([refine(person, *layers) for person in people]).reshape(people.shape)
     return people[..., :3], scores
 
 
@@ -220,15 +221,16 @@ def adjust(people: np.ndarray, logarithm: np.ndarray) -> np.ndarray:
 
 
 def refine(person: np.ndarray, heat: np.ndarray, tags: np.ndarray) -> np.ndarray:
-    """A person [17, 3 + L] with missing joints where heat - round(d) is largest, d the distance of tags [h, w, 17, L]
-    from the person's mean tags; a quarter pixel towards the hotter neighbours, and only where there is heat at all."""
+    """A person [17, 3 + L] with missing joints where heat [17, h, w] - round(d) is largest, d the distance of tags
+    [17, L, h, w] from the person's mean tags; a quarter pixel towards the hotter neighbours, and only where there is
+    heat at all."""
     known = person[:, 2] > 0
-    mean = person[known, 3:].mean(axis=0)
+    mean = person[known, 3:].mean(axis=0)[:, None, None]
     person = person.copy()
-    height, width = heat.shape[:2]
+    height, width = heat.shape[1:]
     for joint in np.flatnonzero(~known):
-        layer = heat[..., joint]
-        distance = np.linalg.norm(tags[:, :, joint] - mean, axis=-1)
+        layer = heat[joint]
+        distance = np.sqrt(np.square(tags[joint] - mean).sum(axis=0))
         y, x = divmod(int(np.argmax(layer - np.round(distance))), width)
         if layer[y, x] > 0:
             right = layer[y, min(x + 1, width - 1)] > layer[y, max(x - 1, 0)]
