@@ -1,4 +1,4 @@
-"""HumanSD on the shipped people model: it reads skeletons as latents. Eight minutes on two cores, no download.
+"""HumanSD on the shipped people model: it reads skeletons as latents. Minutes on a CPU, no download.
 
 In these 400 steps it does not learn to follow them (docs/benchmarks.md).
 

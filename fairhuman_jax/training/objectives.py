@@ -38,8 +38,7 @@ class Linearised:
     def pull_each(self) -> tuple[PyTree, ...]:
         """The K gradients by K pull-backs one after the other: one set of activation gradients at a time.
 
-        With rematerialisation each of them recomputes the forward pass. They stay apart, since to stand side by side
-        they would have to be copied.
+        With rematerialisation each of them recomputes the forward pass. They stay apart, each in a tree of its own.
         """
         gradients: list[PyTree] = []
         for weights in jnp.eye(len(self.names), dtype=jnp.float32):
