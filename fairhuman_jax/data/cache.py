@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from platformdirs import user_cache_dir
 from tqdm import tqdm
 
 from fairhuman_jax.data.loader import Source
+from fairhuman_jax.data.packages import cache_folder
 from fairhuman_jax.data.people import PeopleDataset
 from fairhuman_jax.data.people.conditions import detected_points
 from fairhuman_jax.data.people.paraphrase import paraphrases
@@ -73,9 +73,8 @@ def cached_people(
     appears whole or not at all. FAIRHUMAN_CACHE names another place for it. Errors: no room or no right to write.
     """
     source = PeopleDataset(size, length, seed, start=start, conditioning=conditioning)
-    root = Path(os.environ.get("FAIRHUMAN_CACHE") or user_cache_dir("fairhuman_jax"))
     layers = (f"-{conditioning}" if conditioning else "") + ("-keypoints" if keypoints else "")
-    folder = root / f"people-{size}px-seed{seed}-{start}+{length}{layers}-{_renderer_digest()}"
+    folder = cache_folder() / f"people-{size}px-seed{seed}-{start}+{length}{layers}-{_renderer_digest()}"
     if not folder.is_dir():
         try:
             _write(source, folder, keypoints)
@@ -83,7 +82,7 @@ def cached_people(
             if folder.is_dir():  # another process finished the same folder first
                 return CachedSource(folder)
             raise OSError(
-                f"people world: cannot keep {length} images in {root} ({error.strerror or error}); "
+                f"people world: cannot keep {length} images in {folder.parent} ({error.strerror or error}); "
                 "set FAIRHUMAN_CACHE to a folder with room"
             ) from error
     return CachedSource(folder)
