@@ -81,6 +81,13 @@ def test_training_ends_with_table_picture_and_lora(config, tmp_path, capsys):
     assert [record["step"] for record in records] == [0, 1, 2]
 
 
+def test_a_run_without_prompts_draws_nothing(config, tmp_path, capsys):
+    train_door([str(config), "--set", "preview.prompts=()"])
+    out = capsys.readouterr().out
+    assert "picture:" not in out and "trained:" in out
+    assert not list((tmp_path / "run").rglob("sample_*.png"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -137,4 +137,5 @@ def report(result: Result) -> str:
             row["mean weight"] = f"{result.weights[name]:.3f}"
         rows.append(row)
     lines = [table(rows), f"{result.images_per_second:.1f} images/s, {result.skipped} steps skipped"]
-    return "\n".join([*lines, f"picture: {result.picture}", f"trained: {result.exported}"])
+    picture = [f"picture: {result.picture}"] if result.picture else []
+    return "\n".join([*lines, *picture, f"trained: {result.exported}"])

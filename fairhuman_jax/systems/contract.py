@@ -16,7 +16,7 @@ Batch = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Pictures drawn while training: the same prompts, seeds and settings each time."""
+    """Pictures drawn while training: the same prompts, seeds and settings each time. Without prompts, none."""
 
     prompts: tuple[str, ...] = ()
     seed: int = 0
@@ -47,8 +47,8 @@ class System(Protocol):
         """Captions -> the integer arrays that a batch carries for them."""
         ...
 
-    def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[Any, list[str]]:
-        """A request for `sample` and a title for each of its images."""
+    def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[Any, list[str]] | None:
+        """A request for `sample` and a title for each of its images; None where there is nothing to draw."""
         ...
 
     def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:

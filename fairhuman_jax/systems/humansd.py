@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +112,9 @@ class HumanSDConfig:
 
 @dataclass(frozen=True, eq=False)
 class HumanSD(LatentDiffusion):
-    """Trainable: {"unet"}. Frozen: {"vae", "text_encoder"}, and "pose_network" unless the loss is plain.
+    """Trainable: {"unet", "pose_kernel"}, the latter the part of conv_in's kernel [3, 3, c, C] that reads the pose: it
+    starts at zero, so that a run may want another rate for it. Frozen: {"vae", "text_encoder"}, and "pose_network"
+    unless the loss is plain.
 
     Batches carry the skeleton as `conditioning_image`, uint8 [B, H, W, 3] on black. One objective, denoising; with the
     fair loss also pose. Made by `HumanSDConfig.attach`.
@@ -122,11 +125,13 @@ class HumanSD(LatentDiffusion):
     pose_variables: PyTree | None = None
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """The base's denoiser in float32, and what stays frozen."""
+        """The base's denoiser in float32, what its first convolution reads of a pose apart, and what stays frozen."""
         frozen = {name: params for name, params in self.pipeline.params.items() if name != "unet"}
         if self.pose_variables is not None:
             frozen["pose_network"] = self.pose_variables
-        return {"unet": jax.tree.map(lambda x: x.astype(jnp.float32), self.pipeline.params["unet"])}, frozen
+        unet = jax.tree.map(lambda x: x.astype(jnp.float32), self.pipeline.params["unet"])
+        own, pose = jnp.split(unet["conv_in"]["kernel"], 2, axis=2)
+        return {"unet": unet | {"conv_in": unet["conv_in"] | {"kernel": own}}, "pose_kernel": pose}, frozen
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"output", "target": [B, h, w, c]}, with the loss's "weight" or mask [B, h, w, c or 1] unless it is plain.
@@ -134,7 +139,7 @@ class HumanSD(LatentDiffusion):
         The branch of the pose network is no part of what is differentiated.
         Errors: a batch without `conditioning_image`; pictures of a size that the pose network does not read.
         """
-        params = {**frozen, **trainable}
+        params = joined(trainable, frozen)
         pose = self.pose_latents(params, batch, key)
         prediction, timesteps = self.noisy_prediction(params, batch, key, extra=pose)
         if self.config.loss == "plain":
@@ -154,11 +159,14 @@ class HumanSD(LatentDiffusion):
 
     def sample(self, trainable: PyTree, frozen: PyTree, request: SampleRequest, key: jax.Array) -> jax.Array:
         """Images [N, H, W, 3] in [-1, 1] for prompts and the skeletons in `request.pose`."""
-        return self.sample_images({**frozen, **trainable}, request, key)
+        return self.sample_images(joined(trainable, frozen), request, key)
 
-    def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[SampleRequest, list[str]]:
+    def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[SampleRequest, list[str]] | None:
         """The configured prompts with held-out skeletons; under compat with the published schedule and negative."""
-        request, titles = super().preview(config, held_out)
+        asked = super().preview(config, held_out)
+        if asked is None:
+            return None
+        request, titles = asked
         request = dataclasses.replace(request, pose_latent=self.config.pose_latent)
         if self.config.compat:
             ids = self.tokenize([REFERENCE_NEGATIVE] * len(titles))
@@ -168,7 +176,7 @@ class HumanSD(LatentDiffusion):
 
     def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes the pipeline, its denoiser widened, as a diffusers folder in float16 and returns it."""
-        save_pipeline(dataclasses.replace(self.pipeline, params={**frozen, **trainable}), folder, dtype="float16")
+        save_pipeline(dataclasses.replace(self.pipeline, params=joined(trainable, frozen)), folder, dtype="float16")
         return folder
 
     def pose_latents(self, params: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
@@ -215,6 +223,14 @@ class HumanSD(LatentDiffusion):
         keys = sample_keys(jax.random.fold_in(key, WEIGHT_STREAM), batch)
         encode = {"vae_encode_moments": lambda pictures: self.encode_moments(params, pictures)}
         return heatmap_weight(eps_hat, eps, key=keys, **encode, **options)
+
+
+def joined(trainable: PyTree, frozen: PyTree) -> dict[str, PyTree]:
+    """The pipeline's parameters, the kernel of the denoiser's first convolution in one piece."""
+    unet = trainable["unet"]
+    own, pose = (nn.meta.unbox(part) for part in (unet["conv_in"]["kernel"], trainable["pose_kernel"]))
+    first = unet["conv_in"] | {"kernel": jnp.concatenate([own, pose], axis=2)}
+    return {**frozen, "unet": unet | {"conv_in": first}}
 
 
 def with_pose_channels(pipeline: Pipeline) -> Pipeline:

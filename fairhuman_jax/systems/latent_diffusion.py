@@ -233,12 +233,14 @@ class LatentDiffusion:
         """Images [N, H, W, 3] in [-1, 1] for a request (systems/sampling.py)."""
         return draw(self, params, request, key, lora)
 
-    def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[SampleRequest, list[str]]:
+    def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[SampleRequest, list[str]] | None:
         """A request for the configured prompts at the size of the training images.
 
         ControlNets, T2I-Adapters and HumanSD's denoiser are given the first held-out condition images, again from the
-        start where prompts are more.
+        start where prompts are more. None without prompts.
         """
+        if not config.prompts:
+            return None
         count = len(config.prompts)
         seeds = [config.seed + i for i in range(count)]
         if "image" in held_out:

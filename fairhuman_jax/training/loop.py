@@ -51,7 +51,7 @@ class Result:
     images_per_second: float
     skipped: int
     exported: Path
-    picture: Path
+    picture: Path | None
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Run:
     logger: RunLogger
     watch: SkippedWatch
     measure: Callable[[PyTree, PyTree], dict[str, float]]
-    draw: Callable[[PyTree, PyTree], np.ndarray]
+    draw: Callable[[PyTree, PyTree], np.ndarray] | None
     example: Mapping[str, np.ndarray]
     clock: Clock = field(default_factory=Clock)
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -85,7 +85,9 @@ class Run:
         return {name: losses[name] for name in self.names}
 
     def picture(self, step: int) -> None:
-        """The preview now, filed under `step`."""
+        """The preview now, filed under `step`, of a run that has one."""
+        if self.draw is None:
+            return
         self.logger.image(step, "sample", self.draw(self.state.averaged, self.frozen))
         self.pause()
 
@@ -244,10 +246,11 @@ def measure_after(run: Run) -> Result:
     after = run.losses()
     run.picture(steps)
     trained, frozen = fetch((run.state.averaged, run.frozen))
-    exported, picture = run.output / "export", run.output / "before_after.png"
+    exported, picture = run.output / "export", run.output / "before_after.png" if run.draw else None
     if is_main():
         exported = run.system.export(trained, frozen, exported, dict(run.example))
-        before_and_after(run.output, steps).save(picture)
+        if picture:
+            before_and_after(run.output, steps).save(picture)
     wait_for_all("exported")
     return Result(
         before=json.loads((run.output / "before.json").read_text()),

@@ -94,9 +94,12 @@ class SkippedWatch:
 
 def make_previewer(
     system: System, config: PreviewConfig, mesh: Mesh, held_out: Mapping[str, np.ndarray], key: jax.Array
-) -> Callable[[PyTree, PyTree], np.ndarray]:
-    """`draw(trainable, frozen) -> contact sheet uint8 [H, W, 3]`: the same request each time."""
-    request, titles = system.preview(config, dict(held_out))
+) -> Callable[[PyTree, PyTree], np.ndarray] | None:
+    """`draw(trainable, frozen) -> contact sheet uint8 [H, W, 3]`: the same request each time; None: nothing to draw."""
+    asked = system.preview(config, dict(held_out))
+    if asked is None:
+        return None
+    request, titles = asked
     sample = jax.jit(system.sample, out_shardings=NamedSharding(mesh, WHOLE))
 
     def draw(trainable: PyTree, frozen: PyTree) -> np.ndarray:

@@ -43,7 +43,8 @@ class OptimizerConfig:
     2018; factored second moments; without first moments and relative step sizes here). eps is AdamW's alone; b1 and b2
     are not Adafactor's. moment_dtype: of the first moment; bfloat16 halves it. schedule: constant, linear or cosine,
     the latter two down to `final_fraction` of the peak, after `warmup_steps` of linear rise. Matrices decay by
-    `weight_decay`, biases and norm scales do not.
+    `weight_decay`, biases and norm scales do not. rate_scales: factors of the rate for parts of the trainables, by
+    their names, as (("pose_kernel", 20.0),).
     """
 
     name: str = "adamw"
@@ -57,6 +58,7 @@ class OptimizerConfig:
     moment_dtype: str = "float32"
     weight_decay: float = 0.01
     clip_norm: float | None = 1.0
+    rate_scales: tuple[tuple[str, float], ...] = ()
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -79,8 +81,13 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser of a run of `steps`; the clip of the gradient's norm is the train step's, which knows the norm.
 
-    Errors: an unknown name, schedule or dtype.
+    Errors: an unknown name, schedule or dtype; when it first sees the trainables, a part that they do not have.
     """
+    whole = _one_rate(config, steps)
+    return optax.chain(whole, _scale_parts(dict(config.rate_scales))) if config.rate_scales else whole
+
+
+def _one_rate(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     rate = learning_rate_schedule(config, steps)
     moments: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "mu_dtype": _moment_dtype(config.moment_dtype)}
     decay: dict[str, Any] = {"weight_decay": config.weight_decay, "mask": _decaying}
@@ -96,6 +103,23 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             optax.scale_by_learning_rate(rate),
         )
     raise ValueError(f"optimizer.name={config.name!r}; known: {', '.join(OPTIMIZERS)}")
+
+
+def _scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Updates of the named parts of a tree, times their factors."""
+
+    def init(trainable: PyTree) -> optax.EmptyState:
+        if unknown := sorted(set(factors) - set(trainable)):
+            raise ValueError(
+                f"optimizer.rate_scales names {unknown[0]!r}, but the trainables are {', '.join(sorted(trainable))}"
+            )
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
+        scaled = {name: optax.tree.scale(factors.get(name, 1.0), part) for name, part in updates.items()}
+        return scaled, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _moment_dtype(name: str) -> jnp.dtype:

@@ -29,7 +29,7 @@ from fairhuman_jax.losses import heatmap_mask
 from fairhuman_jax.models import HigherHRNet, UNet2DCondition, presets, stage_mean
 from fairhuman_jax.systems.conditioning import Conditioning
 from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.humansd import HumanSD, HumanSDConfig, with_pose_channels
+from fairhuman_jax.systems.humansd import HumanSD, HumanSDConfig, joined, with_pose_channels
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
 from fairhuman_jax.systems.pipelines import open_pipeline
 from fairhuman_jax.systems.sampling import draw_latents, make_request
@@ -219,7 +219,7 @@ def test_skeletons_are_read_dropped_and_sampled():
 def test_the_denoiser_alone_trains_and_the_loss_falls():
     system = humansd(loss="intent")
     trainable, frozen = system.init(jax.random.key(0))
-    assert set(trainable) == {"unet"} and set(frozen) == {"vae", "text_encoder", "pose_network"}
+    assert set(trainable) == {"unet", "pose_kernel"} and set(frozen) == {"vae", "text_encoder", "pose_network"}
     batch = control_batch() | {"times": np.array([0.2, 0.4, 0.6, 0.8], np.float32)}
     batch.pop("position")
     mesh, rule = make_mesh(devices=jax.devices()[:1]), optax.adam(3e-3)
@@ -231,8 +231,7 @@ def test_the_denoiser_alone_trains_and_the_loss_falls():
         state, metrics = program(state, frozen, batch)
         losses.append(float(metrics["loss/denoising"]))
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]) and state.skipped == 0
-    kernel = state.trainable["unet"]["conv_in"]["kernel"] - trainable["unet"]["conv_in"]["kernel"]
-    assert np.abs(kernel[:, :, 4:]).max() > 1e-3
+    assert np.abs(state.trainable["pose_kernel"] - trainable["pose_kernel"]).max() > 1e-3
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ def test_export_is_a_pipeline_that_reads_poses(tmp_path):
     trainable, frozen = system.init(KEY)
     again = load_pipeline(system.export(trainable, frozen, tmp_path, {}), dtype="float32")
     assert again.reads_pose and not again.inpaints and again.unet.to_config() == system.pipeline.unet.to_config()
-    assert_trees_close(again.params["unet"], trainable["unet"], 2e-3)
+    assert_trees_close(again.params["unet"], joined(trainable, frozen)["unet"], 2e-3)
     further = HumanSDConfig(base=str(tmp_path)).build()
     assert_trees_close(further.init(KEY)[0], trainable, 2e-3)
 

@@ -327,6 +327,18 @@ def test_every_optimiser_goes_downhill_and_decays_kernels_alone(name):
     assert all(float(leaf.max()) < -0.05 for leaf in moved.values())
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_parts_of_the_trainables_have_rates_of_their_own(name):
+    tree = {"unet": {"kernel": jnp.ones((4, 5))}, "pose_kernel": jnp.ones((4, 5))}
+    plain = make_optimizer(OptimizerConfig(name=name), 10)
+    scaled = make_optimizer(OptimizerConfig(name=name, rate_scales=(("pose_kernel", 20.0),)), 10)
+    expected, _ = plain.update(tree, plain.init(tree), tree)
+    found, _ = scaled.update(tree, scaled.init(tree), tree)
+    assert_trees_close(found, {"unet": expected["unet"], "pose_kernel": 20.0 * expected["pose_kernel"]})
+    with pytest.raises(ValueError, match=r"rate_scales names 'pose_kernel', but the trainables are unet"):
+        scaled.init({"unet": tree["unet"]})
+
+
 def test_first_moments_in_half_precision():
     tree = {"kernel": jnp.ones((4, 5))}
     state = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"), 10).init(tree)
