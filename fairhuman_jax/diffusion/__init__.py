@@ -1,4 +1,4 @@
-"""Noise schedules, prediction types, samplers and guidance: pure functions, jax only."""
+"""Noise schedules, prediction types, samplers, guidance and fusion: pure functions, jax only."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fairhuman_jax.diffusion.samplers import (
 )
 from fairhuman_jax.diffusion.schedule import NoiseSchedule, add_noise, sample_timesteps, sigma, snr, timesteps
 from fairhuman_jax.diffusion.single_step import ddim, ddim_humansd, ddpm, euler, euler_ancestral
+from fairhuman_jax.diffusion.snf import snf_fuse, snf_saliency
 from fairhuman_jax.diffusion.step_rule import StepRule
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "sample",
     "sample_timesteps",
     "sigma",
+    "snf_fuse",
+    "snf_saliency",
     "snr",
     "start_latents",
     "start_noise",
