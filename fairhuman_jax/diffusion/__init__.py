@@ -19,10 +19,12 @@ from fairhuman_jax.diffusion.samplers import (
 from fairhuman_jax.diffusion.schedule import NoiseSchedule, add_noise, sample_timesteps, sigma, snr, timesteps
 from fairhuman_jax.diffusion.single_step import ddim, ddim_humansd, ddpm, euler, euler_ancestral
 from fairhuman_jax.diffusion.snf import snf_fuse, snf_saliency
+from fairhuman_jax.diffusion.staged import FusionMaps, delayed_sample, stage_steps, staged_sample
 from fairhuman_jax.diffusion.step_rule import StepRule
 
 __all__ = [
     "RULES",
+    "FusionMaps",
     "NoiseSchedule",
     "StepRule",
     "add_noise",
@@ -30,6 +32,7 @@ __all__ = [
     "ddim",
     "ddim_humansd",
     "ddpm",
+    "delayed_sample",
     "dpmpp_2m",
     "euler",
     "euler_ancestral",
@@ -45,6 +48,8 @@ __all__ = [
     "snf_fuse",
     "snf_saliency",
     "snr",
+    "stage_steps",
+    "staged_sample",
     "start_latents",
     "start_noise",
     "start_row",
