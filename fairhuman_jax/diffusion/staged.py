@@ -66,12 +66,12 @@ def staged_sample(
     before_step: Hook | None = None,
     after_step: Hook | None = None,
 ) -> PyTree:
-    """Sample from unit noise `latents` [B, h, w, C] by E_T, then `fuse` of E_T and E_S, then E_S; `rule` is `pndm()`.
+    """Sample from unit noise `latents` [B, h, w, C] by E_T, then `fuse` of E_T and E_S, then E_S; default `pndm()`.
 
     E_T = e(null) + scale_t (e(text) - e(null)) by `scene`, E_S = e(base) + scale_s (e(augmented) - e(base)) by
     `subject`, where base is `text`, or `null` with `baseline="null"` (FastComposer). Each network is
-    `(latents [2B, ...], timesteps [2B], condition) -> [2B, ...]`, epsilon or v, and is called where its prediction is
-    used only; null, text and augmented are pytrees of one structure with leaves [B, ...]. `scale_s` None is `scale_t`.
+    `(latents [2B, ...], timesteps [2B], condition) -> [2B, ...]`, epsilon or v, and is called only where its prediction
+    is used; null, text and augmented are pytrees of one structure with leaves [B, ...]. `scale_s` None is `scale_t`.
     Stage 2 calls one after the other, or `both(latents, timesteps, scene_condition, subject_condition)`, which
     returns the two outputs, say of one vmapped call on stacked parameters. `fuse` has the arguments of `snf_fuse` up to
     the scales, and its results; its options come by `functools.partial`.

@@ -150,7 +150,7 @@ def test_what_each_network_is_asked(baseline, base):
 )
 @pytest.mark.parametrize("boundaries", [(15, 30), (-1, 50)])
 def test_published_pndm_values_go_through_the_stages(noise, expected, boundaries):
-    """With two networks that agree; the history is carried on, or the last value would be another."""
+    """With two networks that agree; the history is carried on, or the last two would be others."""
 
     def network(x, t, condition):
         return noise(x, t)
@@ -327,22 +327,20 @@ def test_forgetting_the_history_is_a_fresh_start(name):
     assert np.abs(kept - fresh).max() > 1e-3
 
 
-def test_forgotten_pndm_history_by_hand():
-    """One network predicts 0 up to row 3, the other 1 after it: transfer steps, of order one again at row 4."""
+@pytest.mark.parametrize("start", [0, 3])
+def test_forgotten_pndm_history_by_hand(start):
+    """One network predicts 0 up to a row, the other 1 after it: transfer steps with the newest prediction alone."""
 
     def network(value):
         return lambda x, t, condition: jnp.full_like(x, value)
 
-    x = jnp.ones((1, 2, 2, 1))
-    cumprod, noise = SD15.alphas_cumprod64, [0.0] * 4 + [1.0] * 7
-    value, times = 1.0, [901, 801, 801, *range(701, 0, -100)]
-    for row, now in enumerate(times):
-        if row == 1:
-            continue  # the repeated first step: prediction 0 both times
-        a, b = cumprod[now], cumprod[now - 100] if now > 100 else cumprod[0]
-        value = (b / a) ** 0.5 * value + noise[row] * ((1 - b) ** 0.5 - (b / a * (1 - a)) ** 0.5)
-    conditions = {"null": jnp.zeros(1), "text": jnp.zeros(1), "augmented": jnp.zeros(1)}
-    run = functools.partial(drawn, 3, 3, networks=(network(0.0), network(1.0)), steps=10, latents=x, **conditions)
+    x, conditions = jnp.ones((1, 2, 2, 1)), {name: np.zeros(1, np.float32) for name in CONDITIONS}
+    cumprod, value = SD15.alphas_cumprod64, 1.0
+    for row, now in enumerate(range(901, 0, -100), start=1):  # row 1 takes the step of row 0 again
+        a, b = cumprod[now], cumprod[max(now - 100, 0)]
+        value = (b / a) ** 0.5 * value + (row > start) * ((1 - b) ** 0.5 - (b / a * (1 - a)) ** 0.5)
+    networks = network(0.0), network(1.0)
+    run = functools.partial(drawn, start, start, networks=networks, steps=10, latents=x, **conditions)
     np.testing.assert_allclose(run(reset_history=True), value, rtol=1e-5)
     assert np.abs(run() - value).max() > 1e-2
 
