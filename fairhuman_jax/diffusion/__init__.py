@@ -1,4 +1,4 @@
-"""Noise schedules, prediction types, samplers and guidance: pure functions, jax only."""
+"""Noise schedules, prediction types, samplers, guidance and fusion: pure functions, jax only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from fairhuman_jax.diffusion.samplers import (
 )
 from fairhuman_jax.diffusion.schedule import NoiseSchedule, add_noise, sample_timesteps, sigma, snr, timesteps
 from fairhuman_jax.diffusion.single_step import ddim, ddim_humansd, ddpm, euler, euler_ancestral
+from fairhuman_jax.diffusion.snf import snf_fuse, snf_saliency
+from fairhuman_jax.diffusion.staged import FusionMaps, delayed_sample, stage_steps, staged_sample
 from fairhuman_jax.diffusion.step_rule import StepRule
 
 __all__ = [
     "RULES",
+    "FusionMaps",
     "NoiseSchedule",
     "StepRule",
     "add_noise",
@@ -29,6 +32,7 @@ __all__ = [
     "ddim",
     "ddim_humansd",
     "ddpm",
+    "delayed_sample",
     "dpmpp_2m",
     "euler",
     "euler_ancestral",
@@ -41,7 +45,11 @@ __all__ = [
     "sample",
     "sample_timesteps",
     "sigma",
+    "snf_fuse",
+    "snf_saliency",
     "snr",
+    "stage_steps",
+    "staged_sample",
     "start_latents",
     "start_noise",
     "start_row",

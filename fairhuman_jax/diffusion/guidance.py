@@ -26,24 +26,30 @@ def classifier_free(
     the result brought to the standard deviation of c: r g std(c) / std(g) + (1 - r) g (arXiv 2305.08891).
     Returns `(latents [B, ...], timesteps [B]) -> fp32 [B, ...]` for `sample`.
     """
-    both = jax.tree.map(lambda first, second: jnp.concatenate([first, second]), uncond, cond)
+    both = joined(uncond, cond)
 
     def guided(latents: Array, timesteps: Array) -> Array:
-        output = predict(jnp.concatenate([latents, latents]), jnp.concatenate([timesteps, timesteps]), both)
+        output = predict(joined(latents, latents), joined(timesteps, timesteps), both)
         without, given = jnp.split(output.astype(jnp.float32), 2)
-        strength = _per_example(guidance, without.ndim)
+        strength = per_example(guidance, without.ndim)
         result = without + strength * (given - without)
         if isinstance(rescale, (int, float)) and rescale == 0:
             return result
         axes = tuple(range(1, result.ndim))
         spread = jnp.std(result, axis=axes, keepdims=True)
         ratio = jnp.std(given, axis=axes, keepdims=True) / jnp.where(spread > 0, spread, 1.0)
-        mix = _per_example(rescale, without.ndim)
+        mix = per_example(rescale, without.ndim)
         return result * (mix * ratio + (1.0 - mix))
 
     return guided
 
 
-def _per_example(value: float | Array, ndim: int) -> Array:
+def joined(first: PyTree, second: PyTree) -> PyTree:
+    """Two batches of one structure as one batch."""
+    return jax.tree.map(lambda one, other: jnp.concatenate([one, other]), first, second)
+
+
+def per_example(value: float | Array, ndim: int) -> Array:
+    """A scalar or [B] in fp32, shaped to broadcast against a batch of `ndim` axes."""
     value = jnp.asarray(value, jnp.float32)
     return value.reshape(value.shape + (1,) * (ndim - value.ndim)) if value.ndim else value

@@ -13,18 +13,20 @@ from fairhuman_jax.diffusion.step_rule import PyTree, Row, StepRule, Table, fp32
 
 Array = jax.Array
 
-# Weights of the newest prediction and the three before it, by the number of calls made so far: a plain step, its
-# repetition with the average of both ends, then Adams-Bashforth of order two, three and four.
+# Weights of the newest prediction and the three before it. By the number held before it: Adams-Bashforth of order one
+# to four; last, the average of both ends of the first step, with which that is repeated.
 _WEIGHTS = np.array(
     [
         [1.0, 0.0, 0.0, 0.0],
-        [1 / 2, 1 / 2, 0.0, 0.0],
         [3 / 2, -1 / 2, 0.0, 0.0],
         [23 / 12, -16 / 12, 5 / 12, 0.0],
         [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+        [1 / 2, 1 / 2, 0.0, 0.0],
     ],
     np.float32,
 )
+_AVERAGE = len(_WEIGHTS) - 1
+_MOST_HELD = 3
 
 
 @functools.cache
@@ -63,9 +65,14 @@ def pndm() -> StepRule:
         )
 
     def init(latents: Array) -> PyTree:
-        return jnp.int32(0), latents, (jnp.zeros_like(latents),) * 3
+        return jnp.int32(0), latents, jnp.int32(0), (jnp.zeros_like(latents),) * _MOST_HELD
 
-    return StepRule("pndm", "PNDMScheduler", table, _step, init=init)
+    def restart(history: PyTree) -> PyTree:
+        # Which call repeats the first step is a matter of the table, so the calls go on being counted.
+        calls, first, _, held = history
+        return calls, first, jnp.int32(0), held
+
+    return StepRule("pndm", "PNDMScheduler", table, _step, init=init, restart=restart)
 
 
 def _check(schedule: NoiseSchedule) -> None:
@@ -87,9 +94,9 @@ def _transfer(now: np.ndarray, then: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _step(
     schedule: NoiseSchedule, row: Row, latents: Array, prediction: Array, history: PyTree, noise: Array | None
 ) -> tuple[Array, PyTree]:
-    calls, first, held = history
+    calls, first, count, held = history
     repeats = calls == 1
-    weights = jnp.asarray(_WEIGHTS)[jnp.minimum(calls, len(_WEIGHTS) - 1)]
+    weights = jnp.asarray(_WEIGHTS)[jnp.where(repeats & (count > 0), _AVERAGE, count)]
     mixed = sum(weights[i] * output for i, output in enumerate((prediction, *held)))
     base = jnp.where(repeats, first, latents)
 
@@ -100,5 +107,6 @@ def _step(
         mixed = column("signal") * mixed + column("spread") * base
     moved = column("keep") * base + column("gain") * mixed
     # The repeated step's own prediction is not kept.
+    count = jnp.where(repeats, count, jnp.minimum(count + 1, _MOST_HELD))
     held = tuple(jnp.where(repeats, old, new) for old, new in zip(held, (prediction, *held[:-1]), strict=True))
-    return moved, (calls + 1, jnp.where(calls == 0, latents, first), held)
+    return moved, (calls + 1, jnp.where(calls == 0, latents, first), count, held)

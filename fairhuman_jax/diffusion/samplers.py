@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,18 @@ import numpy as np
 
 from fairhuman_jax.diffusion.schedule import NoiseSchedule
 from fairhuman_jax.diffusion.single_step import ddim
-from fairhuman_jax.diffusion.step_rule import StepRule, Table
+from fairhuman_jax.diffusion.step_rule import Row, StepRule, Table
 
 Array = jax.Array
 PyTree = Any
 Hook = Callable[[Array, Array], Array]
+Predict = Callable[[Array, Array], Array]
+RecordingPredict = Callable[[Array, Array], tuple[Array, PyTree]]
+Carry = tuple[Array, PyTree]
 
 
 def sample(
-    predict: Callable[[Array, Array], Array],
+    predict: Predict,
     latents: Array,
     key: Array | None,
     schedule: NoiseSchedule,
@@ -49,35 +53,98 @@ def sample(
     `schedule`, `steps` and `rule` are static under jit; all else may be traced. Returns fp32 [B, ...]. Raises
     ValueError when a stochastic rule gets neither key nor noise, or a shape or start does not fit.
     """
-    rule = rule or ddim()
-    schedule, table = _prepared(schedule, steps, rule)
-    rows, stochastic = table["timestep"].shape[0], "added" in table
-    if stochastic and key is None and noise is None:
-        raise ValueError(f"sample: rule {rule.name} is stochastic; expected a key or noise")
-    _check_fit(rows, latents, noise, start)
-    latents = latents.astype(jnp.float32)
+    rows = prepare_rows(latents, key, schedule, steps, rule or ddim(), noise, before_step, after_step)
+    if isinstance(start, (int, np.integer)) and not 0 <= start < rows.count:
+        raise ValueError(f"sample: start is {start}; expected a row in 0 .. {rows.count - 1}")
     if start is None:
-        latents, start = latents * rule.start(schedule, table), 0
-    columns = jax.tree.map(jnp.asarray, table)
-    injected = None if noise is None else jnp.asarray(noise, jnp.float32)
+        return rows.run(predict, rows.begin(latents, rows.scale), 0, rows.count)[0]
+    return rows.run(predict, rows.begin(latents), start, rows.count)[0]
 
-    def step(index: Array, carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One run of a rule, to be taken in stretches of rows that may have different denoisers.
+
+    The carry from one stretch to the next is (latents fp32, history of the rule). `columns` is the rule's table on the
+    device, `scale` what brings unit noise to row 0; the other fields are arguments of `sample`.
+    """
+
+    schedule: NoiseSchedule
+    rule: StepRule
+    columns: Row
+    scale: float
+    key: Array | None
+    noise: Array | None
+    before_step: Hook | None
+    after_step: Hook | None
+
+    @property
+    def count(self) -> int:
+        return self.columns["timestep"].shape[0]
+
+    def begin(self, latents: Array, scale: float = 1.0) -> Carry:
+        latents = latents.astype(jnp.float32) * scale
+        return latents, self.rule.init(latents)
+
+    def restart(self, carry: Carry) -> Carry:
+        """The same latents, with earlier predictions forgotten."""
+        latents, history = carry
+        return latents, self.rule.init(latents) if self.rule.restart is None else self.rule.restart(history)
+
+    def run(self, predict: Predict, carry: Carry, first: int | Array, last: int | Array) -> Carry:
+        """Rows `first` .. `last` - 1: a scan where both are ints, else a while loop. Two ints without a row between
+        them leave `predict` untraced."""
+        if isinstance(first, int) and isinstance(last, int) and first >= last:
+            return carry
+
+        def step(index: Array, carry: Carry) -> Carry:
+            return self._step(lambda latents, times: (predict(latents, times), None), index, carry)[0]
+
+        return jax.lax.fori_loop(first, last, step, carry)
+
+    def record(self, predict: RecordingPredict, carry: Carry, first: int, last: int) -> tuple[Carry, PyTree]:
+        """`run` with a denoiser that returns (prediction, extra): the carry, and the extras stacked by row."""
+        return jax.lax.scan(lambda carry, index: self._step(predict, index, carry), carry, jnp.arange(first, last))
+
+    def _step(self, predict: RecordingPredict, index: Array, carry: Carry) -> tuple[Carry, PyTree]:
         current, history = carry
-        row = {name: jax.lax.dynamic_index_in_dim(column, index, keepdims=False) for name, column in columns.items()}
-        if before_step is not None:
-            current = before_step(current, index).astype(jnp.float32)
+        row = {
+            name: jax.lax.dynamic_index_in_dim(column, index, keepdims=False) for name, column in self.columns.items()
+        }
+        if self.before_step is not None:
+            current = self.before_step(current, index).astype(jnp.float32)
         times = jnp.broadcast_to(row["timestep"], current.shape[:1])
-        prediction = predict(rule.inputs(current, row), times).astype(jnp.float32)
+        prediction, extra = predict(self.rule.inputs(current, row), times)
         fresh = None
-        if stochastic:
-            fresh = _unit_noise(key, index, current.shape) if injected is None else injected[index]
-        current, history = rule.update(schedule, row, current, prediction, history, fresh)
-        if after_step is not None:
-            current = after_step(current, index).astype(jnp.float32)
-        return current, history
+        if "added" in row:
+            fresh = _unit_noise(self.key, index, current.shape) if self.noise is None else self.noise[index]
+        prediction = prediction.astype(jnp.float32)
+        current, history = self.rule.update(self.schedule, row, current, prediction, history, fresh)
+        if self.after_step is not None:
+            current = self.after_step(current, index).astype(jnp.float32)
+        return (current, history), extra
 
-    # With static bounds this is a scan.
-    return jax.lax.fori_loop(start, rows, step, (latents, rule.init(latents)))[0]
+
+def prepare_rows(
+    latents: Array,
+    key: Array | None,
+    schedule: NoiseSchedule,
+    steps: int,
+    rule: StepRule,
+    noise: Array | None,
+    before_step: Hook | None,
+    after_step: Hook | None,
+) -> Rows:
+    """The rows of a run that starts from `latents`; arguments and errors as `sample`."""
+    schedule, table = _prepared(schedule, steps, rule)
+    if "added" in table and key is None and noise is None:
+        raise ValueError(f"sample: rule {rule.name} is stochastic; expected a key or noise")
+    expected = (table["timestep"].shape[0], *latents.shape)
+    if noise is not None and noise.shape != expected:
+        raise ValueError(f"sample: noise is {noise.shape}; expected {expected}")
+    noise = None if noise is None else jnp.asarray(noise, jnp.float32)
+    columns = {name: jnp.asarray(column) for name, column in table.items()}
+    return Rows(schedule, rule, columns, rule.start(schedule, table), key, noise, before_step, after_step)
 
 
 def row_count(schedule: NoiseSchedule, steps: int, rule: StepRule) -> int:
@@ -153,13 +220,6 @@ def renoise_known(
         return mask * latents + (1.0 - mask) * _noised(known, fresh, levels, row)
 
     return blend
-
-
-def _check_fit(rows: int, latents: Array, noise: Array | None, start: int | Array | None) -> None:
-    if noise is not None and noise.shape != (rows, *latents.shape):
-        raise ValueError(f"sample: noise is {noise.shape}; expected {(rows, *latents.shape)}")
-    if isinstance(start, (int, np.integer)) and not 0 <= start < rows:
-        raise ValueError(f"sample: start is {start}; expected a row in 0 .. {rows - 1}")
 
 
 def _prepared(schedule: NoiseSchedule, steps: int, rule: StepRule) -> tuple[NoiseSchedule, Table]:

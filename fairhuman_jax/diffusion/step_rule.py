@@ -40,7 +40,8 @@ class StepRule:
     `update(schedule, row, latents, prediction, history, noise) -> (latents, history)`: one step; `noise` is None for a
     deterministic table.
     `inputs(latents, row)`: what the denoiser sees. `start(schedule, table)`: factor of unit noise at the first step.
-    `init(latents)`: history of a multistep rule before its first step.
+    `init(latents)`: history of a multistep rule before its first step. `restart(history)`: the same with the earlier
+    predictions forgotten, for a change of denoiser in mid-run; None where `init` of the latents does that.
     """
 
     name: str
@@ -50,6 +51,7 @@ class StepRule:
     inputs: Callable[[Array, Row], Array] = _unscaled
     start: Callable[[NoiseSchedule, Table], float] = _unit_start
     init: Callable[[Array], PyTree] = _no_history
+    restart: Callable[[PyTree], PyTree] | None = None
 
 
 def fp32_columns(timestep: np.ndarray, **columns: np.ndarray) -> Table:
