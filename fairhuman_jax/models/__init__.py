@@ -16,11 +16,13 @@ from fairhuman_jax.models.lora import (
     scale_lora,
 )
 from fairhuman_jax.models.t2i_adapter import T2IAdapter
-from fairhuman_jax.models.unet import UNet2DCondition
+from fairhuman_jax.models.transformer import COLUMNS
+from fairhuman_jax.models.unet import UNet2DCondition, watched_columns
 from fairhuman_jax.models.vae import AutoencoderKL
 from fairhuman_jax.models.vae_tiling import tiled_decode
 
 __all__ = [
+    "COLUMNS",
     "TEXT_TARGETS",
     "UNET_TARGETS",
     "AutoencoderKL",
@@ -38,4 +40,5 @@ __all__ = [
     "scale_lora",
     "stage_mean",
     "tiled_decode",
+    "watched_columns",
 ]
