@@ -15,6 +15,7 @@ from fairhuman_jax.models.lora import (
     merge_lora,
     scale_lora,
 )
+from fairhuman_jax.models.postfuse import Postfuse
 from fairhuman_jax.models.t2i_adapter import T2IAdapter
 from fairhuman_jax.models.transformer import COLUMNS
 from fairhuman_jax.models.unet import UNet2DCondition, watched_columns
@@ -30,6 +31,7 @@ __all__ = [
     "CLIPVision",
     "ControlNet",
     "HigherHRNet",
+    "Postfuse",
     "T2IAdapter",
     "UNet2DCondition",
     "attention",
