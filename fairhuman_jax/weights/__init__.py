@@ -9,17 +9,22 @@ from fairhuman_jax.weights.mmpose import load_mmpose, load_pose_network
 from fairhuman_jax.weights.pipeline import Pipeline, load_pipeline, save_pipeline
 from fairhuman_jax.weights.tensors import Tensors, open_tensors
 from fairhuman_jax.weights.tokenizers import (
+    MARKER,
+    SubjectTokens,
     build_small_clip_tokenizer,
     count_chunks,
     load_tokenizer,
     save_tokenizer,
     tokenize,
     tokenize_chunks,
+    tokenize_subjects,
     tokens_cut,
 )
 
 __all__ = [
+    "MARKER",
     "Pipeline",
+    "SubjectTokens",
     "Tensors",
     "build_small_clip_tokenizer",
     "count_chunks",
@@ -43,5 +48,6 @@ __all__ = [
     "save_tokenizer",
     "tokenize",
     "tokenize_chunks",
+    "tokenize_subjects",
     "tokens_cut",
 ]
