@@ -9,6 +9,7 @@ Source: fastcomposer/model.py; the key names of the published files.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ EXPECTED = f"expected the {FLAT_FILE} of FastComposer or of Face-diffuser's SDM,
 
 class SubjectModel(NamedTuple):
     """A Stable Diffusion with what it reads subjects by; `params` of all its networks by name: those of
-    `pipeline.params`, `image_encoder` and `postfuse`.
+    `pipeline.params`, `image_encoder` and `postfuse`. What is written is `params`.
     """
 
     pipeline: Pipeline
@@ -100,7 +101,7 @@ def save_subject_model(model: SubjectModel, folder: str | Path, dtype: jnp.dtype
     folder = Path(folder)
     for name in PARTS:
         save_model(getattr(model, name), model.params[name], folder / name, dtype)
-    save_pipeline(model.pipeline, folder, dtype)
+    save_pipeline(dataclasses.replace(model.pipeline, params=model.params), folder, dtype)
 
 
 def save_flat_file(model: SubjectModel | Pipeline, path: str | Path, dtype: jnp.dtype | str | None = None) -> Path:

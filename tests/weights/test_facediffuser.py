@@ -204,12 +204,14 @@ def model(state, tokenizer, tmp_path_factory):
 
 
 def test_a_folder_keeps_the_model_and_is_a_pipeline_too(model, tmp_path):
+    trained = jax.tree.map(lambda leaf: leaf + np.ones((), leaf.dtype), model.params["unet"])
+    model = model._replace(params=model.params | {"unet": trained})
     save_subject_model(model, tmp_path)
     again = load_subject_model(tmp_path, host=True)
     assert (again.image_encoder, again.postfuse) == (model.image_encoder, model.postfuse)
     assert networks(again.pipeline) == networks(model.pipeline)
     assert_trees_equal(again.params, model.params)
-    assert_trees_equal(load_pipeline(tmp_path, host=True).params, model.pipeline.params)
+    assert_trees_equal(load_pipeline(tmp_path, host=True).params, model.pipeline.params | {"unet": trained})
     (tmp_path / "postfuse" / "config.json").write_bytes((tmp_path / "unet" / "config.json").read_bytes())
     with pytest.raises(ValueError, match="does not fit its config"):
         load_subject_model(tmp_path)
