@@ -15,14 +15,12 @@ from PIL import Image
 
 from fairhuman_jax.evaluation.batching import in_batches
 from fairhuman_jax.models import CLIPText, CLIPVision
+from fairhuman_jax.models.clip_vision import PIXEL_MEAN, PIXEL_STD
 from fairhuman_jax.weights import load_tokenizer, params_from, tokenize
 from fairhuman_jax.weights.folders import read_config, weight_files
 from fairhuman_jax.weights.keys import TOWERS
 from fairhuman_jax.weights.ldm.views import Slot, View
 from fairhuman_jax.weights.tensors import Tensors, open_tensors
-
-MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
-STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 
 PyTree = Any
 
@@ -109,4 +107,4 @@ def clip_pixels(picture: np.ndarray, side: int) -> np.ndarray:
     resized = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
     top, left = (height - side) // 2, (width - side) // 2
     colours = resized[top : top + side, left : left + side].astype(np.float32) / 255.0
-    return (colours - MEAN) / STD
+    return (colours - PIXEL_MEAN) / PIXEL_STD

@@ -12,6 +12,7 @@ from fairhuman_jax.losses.fairness import (
 )
 from fairhuman_jax.losses.gram import active_tasks, combine_weighted, gradient_scale, gram_matrix
 from fairhuman_jax.losses.heatmap import heatmap_mask, heatmap_weight, humansd_loss
+from fairhuman_jax.losses.localization import localization_loss, object_mask, object_masked_loss
 from fairhuman_jax.losses.regions import latent_mask, region_losses
 
 __all__ = [
@@ -27,9 +28,12 @@ __all__ = [
     "heatmap_weight",
     "humansd_loss",
     "latent_mask",
+    "localization_loss",
     "make_combiner",
     "min_snr_weight",
     "mpd_weights",
+    "object_mask",
+    "object_masked_loss",
     "region_losses",
     "x0_weight",
 ]

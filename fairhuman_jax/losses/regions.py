@@ -54,7 +54,7 @@ def region_losses(
             return jnp.zeros((), jnp.float32)
         if mask.shape != (*squared.shape[:-1], 1):
             raise ValueError(f"region_losses: {name} is {mask.shape}; expected {(*squared.shape[:-1], 1)}")
-        return local_scale * _weighted_mean(_masked_mean(squared, mask, normalize), local_weight)
+        return local_scale * _weighted_mean(masked_mean(squared, mask, normalize), local_weight)
 
     return {
         "global": _weighted_mean(jnp.mean(squared, axis=(1, 2, 3)), weight),
@@ -92,7 +92,10 @@ def latent_mask(mask: Array, factor: int, method: str = "stride", threshold: flo
     return (covered >= threshold).astype(jnp.float32)
 
 
-def _masked_mean(squared: Array, mask: Array, normalize: str) -> Array:
+def masked_mean(squared: Array, mask: Array, normalize: str) -> Array:
+    """Mean of `mask * squared` of each sample, [B, H, W, C] -> fp32 [B]: over all elements ("pixels"), or ("area") over
+    what the mask [B, H, W, 1] covers, 0 where that is nothing.
+    """
     mask = mask.astype(jnp.float32)
     per_sample = jnp.mean(squared * mask, axis=(1, 2, 3))
     if normalize == "pixels":

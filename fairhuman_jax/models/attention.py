@@ -48,6 +48,15 @@ def attention(
     raise ValueError(f"unknown attention implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
 
 
+def attention_columns(query: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
+    """The columns `positions` of `softmax(q k^T / sqrt(head_dim))`: what every query gives to these keys.
+
+    query [B, Lq, H, D], key [B, Lk, H, D], positions int [B, N] in 0 .. Lk - 1 -> float32 [B, H, Lq, N]. The softmax is
+    over all keys. A position beyond them gives NaN.
+    """
+    return jnp.take_along_axis(_weights(query, key), positions[:, None, None, :], axis=-1)
+
+
 def fitting(query: jax.Array, key: jax.Array, causal: bool, platform: str, capability: str, whole: bool) -> str:
     """The implementation that `auto` stands for: on a `platform`, for shapes and dtype of `query` and `key`.
 
@@ -88,13 +97,18 @@ def _splash_fits(query: jax.Array, key: jax.Array, causal: bool) -> bool:
 
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
+    weights = _weights(query, key, causal).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def _weights(query: jax.Array, key: jax.Array, causal: bool = False) -> jax.Array:
+    """`softmax(q k^T / sqrt(head_dim))`, float32 [B, H, Lq, Lk]."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if causal:
         allowed = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:

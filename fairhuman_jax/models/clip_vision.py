@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fairhuman_jax.models.clip import CLIPEncoder, check_layers, layer_settings
 from fairhuman_jax.models.layers import LayerNorm, Linear
@@ -25,6 +26,8 @@ CONFIG_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 ARCHITECTURES = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+PIXEL_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)  # of red, green, blue in [0, 1]
+PIXEL_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 
 
 class PatchEmbedding(nn.Module):
@@ -148,3 +151,18 @@ class CLIPVision(nn.Module):
             projection = Linear(width, use_bias=False, dtype=self.dtype, name="visual_projection")
             outputs["image_embeds"] = projection(pooled)
         return outputs
+
+
+def subject_pixels(images: jax.Array, side: int) -> jax.Array:
+    """Pictures of subjects [B, N, H, W, 3] in [0, 1] as `CLIPVision` reads them: float32 [B N, side, side, 3].
+
+    Brought to `side` by side pixels by a bilinear filter, antialiased where it shrinks, whatever their shape; then
+    less CLIP's mean, over its deviation. FastComposer's embedding of a subject is the network's `image_embeds` of it,
+    not of unit length. Errors: another number of axes or channels.
+    Source: fastcomposer/model.py.
+    """
+    if images.ndim != 5 or images.shape[-1] != 3:
+        raise ValueError(f"subject_pixels: images are {list(images.shape)}, not [B, N, H, W, 3]")
+    pixels = images.reshape(-1, *images.shape[2:]).astype(jnp.float32)
+    pixels = jax.image.resize(pixels, (pixels.shape[0], side, side, 3), "bilinear")
+    return (pixels - PIXEL_MEAN) / PIXEL_STD

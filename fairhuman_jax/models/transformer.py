@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fairhuman_jax.models.attention import attention
+from fairhuman_jax.models.attention import attention, attention_columns
 from fairhuman_jax.models.layers import Conv, Dtype, GroupNorm, LayerNorm, Linear
 
 ATTENTION_OUTPUT = "attention_output"
 REMAT_POLICIES = ("none", "full", "attention", "offload")
+COLUMNS = "attention_columns"  # the collection that holds what watched transformers give away
 
 
 def rematerialise(module: type[nn.Module], remat: str, *, in_scan: bool = False) -> Any:
@@ -45,14 +46,20 @@ def rematerialise(module: type[nn.Module], remat: str, *, in_scan: bool = False)
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x` [B, L, C] to `context` [B, M, D] (`x` itself when None) -> [B, L, C]."""
+    """Multi-head attention from `x` [B, L, C] to `context` [B, M, D] (`x` itself when None) -> ([B, L, C], columns).
+
+    The columns are the probabilities of attention to the tokens `watched` [B, N] of the context, float32
+    [B, heads, L, N]; None where nothing is watched.
+    """
 
     heads: int
     attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, watched: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         channels = x.shape[-1]
         if channels % self.heads:
             raise ValueError(f"Attention: {channels} channels do not divide into {self.heads} heads")
@@ -65,7 +72,8 @@ class Attention(nn.Module):
         query, key, value = project("to_q", x), project("to_k", context), project("to_v", context)
         y = attention(query, key, value, implementation=self.attention).reshape(x.shape)
         y = checkpoint_name(y, ATTENTION_OUTPUT)
-        return Linear(channels, dtype=self.dtype, name="to_out.0")(y)
+        columns = None if watched is None else attention_columns(query, key, watched)
+        return Linear(channels, dtype=self.dtype, name="to_out.0")(y), columns
 
 
 class FeedForward(nn.Module):
@@ -85,23 +93,29 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Pre-norm self-attention, cross-attention to `text` [B, M, D] and feed-forward on tokens [B, L, C]."""
+    """Pre-norm self-attention, cross-attention to `text` [B, M, D] and feed-forward on tokens [B, L, C].
+
+    Returns the tokens and the cross-attention's columns at `watched` [B, N], None where nothing is watched.
+    """
 
     heads: int
     attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, text: jax.Array, watched: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         def attend(name: str) -> Attention:
             return Attention(self.heads, self.attention, self.dtype, name=name)
 
         def norm(name: str) -> LayerNorm:
             return LayerNorm(dtype=self.dtype, name=name)
 
-        x = x + attend("attn1")(norm("norm1")(x))
-        x = x + attend("attn2")(norm("norm2")(x), text)
-        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+        x = x + attend("attn1")(norm("norm1")(x))[0]
+        attended, columns = attend("attn2")(norm("norm2")(x), text, watched)
+        x = x + attended
+        return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x)), columns
 
 
 class Transformer2D(nn.Module):
@@ -109,6 +123,8 @@ class Transformer2D(nn.Module):
 
     With `scan` the blocks are one scanned stack `transformer_blocks` whose leaves (parameters and LoRA updates) lead
     with the depth axis; without it they are `transformer_blocks.0`, `transformer_blocks.1`, ...
+    Where tokens of the text are `watched` [B, N], the collection `COLUMNS` receives `cross_attention`, float32
+    [depth, B, heads, H, W, N]: each block's probabilities of attention to these tokens.
     """
 
     heads: int
@@ -121,11 +137,14 @@ class Transformer2D(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, text: jax.Array, watched: jax.Array | None = None) -> jax.Array:
         batch, height, width, channels = x.shape
         y = GroupNorm(self.num_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         y = self._projection("proj_in", channels)(y)
-        y = self._blocks(y.reshape(batch, height * width, channels), text.astype(self.dtype))
+        y, columns = self._blocks(y.reshape(batch, height * width, channels), text.astype(self.dtype), watched)
+        if columns is not None:
+            columns = columns.reshape(*columns.shape[:3], height, width, -1)
+            self.put_variable(COLUMNS, "cross_attention", columns)
         return x + self._projection("proj_out", channels)(y.reshape(x.shape))
 
     def _projection(self, name: str, channels: int) -> Callable[[jax.Array], jax.Array]:
@@ -133,21 +152,25 @@ class Transformer2D(nn.Module):
             return Linear(channels, dtype=self.dtype, name=name)
         return Conv(channels, kernel_size=1, padding=0, dtype=self.dtype, name=name)
 
-    def _blocks(self, tokens: jax.Array, text: jax.Array) -> jax.Array:
+    def _blocks(
+        self, tokens: jax.Array, text: jax.Array, watched: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         block_class = rematerialise(BasicTransformerBlock, self.remat, in_scan=self.scan)
 
         def block(name: str) -> BasicTransformerBlock:
             return block_class(self.heads, self.attention, self.dtype, name=name)
 
         if not self.scan:
+            columns = []
             for index in range(self.depth):
-                tokens = block(f"transformer_blocks.{index}")(tokens, text)
-            return tokens
+                tokens, column = block(f"transformer_blocks.{index}")(tokens, text, watched)
+                columns.append(column)
+            return tokens, None if watched is None else jnp.stack(columns)
         stack = nn.scan(
-            lambda layer, carry, context: (layer(carry, context), None),
+            lambda layer, carry, *context: layer(carry, *context),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.depth,
         )
-        return stack(block("transformer_blocks"), tokens, text)[0]
+        return stack(block("transformer_blocks"), tokens, text, watched)

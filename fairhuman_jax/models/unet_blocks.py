@@ -6,7 +6,7 @@ of diffusers checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -91,19 +91,25 @@ class DownBlock(nn.Module):
 
     Returns the output and one skip a layer, plus one after the convolution. `feature` (T2I-Adapter) is added where
     such adapters are trained to be added: before the convolution in a cross-attention block, after it in a plain one.
+    `watched` as in `Transformer2D`.
     """
 
     spec: BlockSpec
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, time: jax.Array, text: jax.Array | None, feature: jax.Array | None = None
+        self,
+        x: jax.Array,
+        time: jax.Array,
+        text: jax.Array | None,
+        feature: jax.Array | None = None,
+        watched: jax.Array | None = None,
     ) -> tuple[jax.Array, Skips]:
         spec, skips = self.spec, []
         for layer in range(spec.layers):
             x = spec.resnet(f"resnets.{layer}")(x, time)
             if spec.cross_attention:
-                x = spec.transformer(f"attentions.{layer}")(x, text)
+                x = spec.transformer(f"attentions.{layer}")(x, text, watched)
                 if feature is not None and layer == spec.layers - 1:
                     x = x + feature.astype(x.dtype)
             skips.append(x)
@@ -117,15 +123,20 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, then transformer and second residual block if `spec.cross_attention`: [B, H, W, C] kept."""
+    """Residual block, then transformer and second residual block if `spec.cross_attention`: [B, H, W, C] kept.
+
+    `watched` as in `Transformer2D`.
+    """
 
     spec: BlockSpec
 
     @nn.compact
-    def __call__(self, x: jax.Array, time: jax.Array, text: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, time: jax.Array, text: jax.Array | None, watched: jax.Array | None = None
+    ) -> jax.Array:
         x = self.spec.resnet("resnets.0")(x, time)
         if self.spec.cross_attention:
-            x = self.spec.transformer("attentions.0")(x, text)
+            x = self.spec.transformer("attentions.0")(x, text, watched)
             x = self.spec.resnet("resnets.1")(x, time)
         return x
 
@@ -134,6 +145,7 @@ class UpBlock(nn.Module):
     """`layers + 1` residual blocks, each fed one skip (the last of `skips` first), then doubling and a convolution.
 
     `size` (height, width) is the resolution of the next skip: latents that do not halve evenly need it.
+    `watched` as in `Transformer2D`.
     """
 
     spec: BlockSpec
@@ -146,12 +158,13 @@ class UpBlock(nn.Module):
         time: jax.Array,
         text: jax.Array | None,
         size: tuple[int, int] | None = None,
+        watched: jax.Array | None = None,
     ) -> jax.Array:
         spec = self.spec
         for layer, skip in enumerate(reversed(skips)):
             x = spec.resnet(f"resnets.{layer}")(jnp.concatenate([x, skip], axis=-1), time)
             if spec.cross_attention:
-                x = spec.transformer(f"attentions.{layer}")(x, text)
+                x = spec.transformer(f"attentions.{layer}")(x, text, watched)
         if spec.resample:
             x = resize_nearest(x, size)
             x = Conv(spec.channels, dtype=spec.dtype, name="upsamplers.0.conv")(x)
@@ -177,14 +190,17 @@ def encode(
     time: jax.Array,
     text: jax.Array | None,
     features: Sequence[jax.Array] = (),
+    watched: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Skips]:
     """The down path `down_blocks.0`, `down_blocks.1`, ... of the calling module: (output, all skips, `x` first).
 
-    Call it from a compact method: it creates the blocks there. `features` are T2I-Adapter features, one a block.
+    Call it from a compact method: it creates the blocks there. `features` are T2I-Adapter features, one a block;
+    `watched` holds positions of tokens by the names of the blocks whose attention to them is watched.
     """
-    skips = (x,)
+    skips, watched = (x,), watched or {}
     for index, spec in enumerate(specs):
         feature = features[index] if index < len(features) else None
-        x, new = DownBlock(spec, name=f"down_blocks.{index}")(x, time, text, feature)
+        name = f"down_blocks.{index}"
+        x, new = DownBlock(spec, name=name)(x, time, text, feature, watched.get(name))
         skips += new
     return x, skips

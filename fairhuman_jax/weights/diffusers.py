@@ -19,6 +19,7 @@ from fairhuman_jax.models import (
     CLIPVision,
     ControlNet,
     HigherHRNet,
+    Postfuse,
     T2IAdapter,
     UNet2DCondition,
 )
@@ -43,6 +44,7 @@ NETWORKS: dict[str, Any] = {
     "ControlNetModel": ControlNet,
     "T2IAdapter": T2IAdapter,
     "HigherHRNet": HigherHRNet,
+    "Postfuse": Postfuse,
 }
 LISTED = 4  # names an error spells out
 

@@ -64,6 +64,8 @@ TELLTALES: tuple[tuple[str, str | Callable[[Tensors], str]], ...] = (
     (r"(^|\.)hada_w", "a LoHa"),
     (r"(^|\.)lokr_w", "a LoKr"),
     (r"(^|[._])lora[._]|\.lora_[AB]\.|^lora_unet_", "a LoRA"),
+    (r"^postfuse_module\.", _of_family("a subject model of FastComposer or Face-diffuser (SDM)")),
+    (r"^unet\.(conv_in|down_blocks)\.", _of_family("a whole model in FastComposer's naming, as Face-diffuser's TDM,")),
     (r"^control_model\.|^input_hint_block\.", _of_family("a ControlNet in the naming of a single file")),
     (r"^model\.diffusion_model\.", _of_family("a whole LDM checkpoint")),
     (r"^(input|output)_blocks\.", _of_family("a UNet in the naming of a single file")),

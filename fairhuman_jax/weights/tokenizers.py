@@ -1,4 +1,7 @@
-"""CLIP tokenizers: opening and writing their folders, building a small one from captions, captions to ids."""
+"""CLIP tokenizers: opening and writing their folders, building a small one from captions, captions to ids.
+
+Captions may mark subjects: a marker behind a noun says that a picture of it is at hand, "a man <|image|> and a dog".
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +22,21 @@ if TYPE_CHECKING:
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 LONGEST_PROMPT = 1 << 20  # transformers means "no limit" by any larger model_max_length
+MARKER = "<|image|>"
 Merge = tuple[str, str]
+
+
+class SubjectTokens(NamedTuple):
+    """Captions as ids int32 [B, L], and where their subjects' words are, from left to right.
+
+    positions: int32 [B, N], of a word's last token, 0 in slots of padding, which `valid` bool [B, N] tells from others.
+    counts: int32 [B], valid slots of a caption.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    valid: np.ndarray
+    counts: np.ndarray
 
 
 def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
@@ -81,6 +98,60 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> np.ndarray:
     """Captions -> int32 ids [B, model_max_length]: start, words, end, padding; longer ones are cut."""
     encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
     return np.asarray(encoded["input_ids"], np.int32)
+
+
+def tokenize_subjects(
+    tokenizer: CLIPTokenizer, captions: Sequence[str], slots: int, *, strict: bool = True, compat: str | None = None
+) -> SubjectTokens:
+    """Captions with markers -> their ids as if there were none, and the tokens that the markers follow.
+
+    "a man <|image|> and a woman <|image|>" flags positions 2 and 5, the start token being 0. A word of several tokens
+    is flagged at its last. Several markers in a row flag once; one before all words flags the start token. Longer
+    captions are cut as by `tokenize`. slots: N, the largest number of subjects.
+    strict: a caption without marker, with more than `slots` or with one whose word is cut off is an error; otherwise,
+    as training data want it, it has no subject, the first `slots`, or those that are left.
+    compat="reference": a caption that is cut loses its end token, as in FastComposer.
+    Errors, one line each: those; a marker inside a word; another `compat`. Source: fastcomposer/data.py.
+    """
+    if compat not in (None, "reference"):
+        raise ValueError(f"tokenize_subjects: unknown compat {compat!r}; known: reference")
+    limit = tokenizer.model_max_length
+    room = limit - 1 if compat else limit - 2  # the published cut takes the end token first
+    ids = np.full((len(captions), limit), tokenizer.pad_token_id, np.int32)
+    positions = np.zeros((len(captions), slots), np.int32)
+    counts = np.zeros(len(captions), np.int32)
+    for row, caption in enumerate(captions):
+        words, flags = _flagged(tokenizer, caption)
+        tokens = [tokenizer.bos_token_id, *words[:room], tokenizer.eos_token_id][:limit]
+        inside = [flag for flag in flags if flag <= room]
+        if strict:
+            _check_flags(caption, flags, inside, slots)
+        inside = inside[:slots]
+        ids[row, : len(tokens)] = tokens
+        positions[row, : len(inside)] = inside
+        counts[row] = len(inside)
+    return SubjectTokens(ids, positions, np.arange(slots) < counts[:, None], counts)
+
+
+def _flagged(tokenizer: CLIPTokenizer, caption: str) -> tuple[list[int], list[int]]:
+    """Ids of the words without markers, and positions of the flagged ones where the start token has 0."""
+    pieces = caption.split(MARKER)
+    whole, *parts = _inner_ids(tokenizer, ["".join(pieces), *pieces])
+    if list(itertools.chain(*parts)) != whole:
+        raise ValueError(f"{MARKER} stands inside a word of {caption!r}; it belongs behind the noun of a subject")
+    ends = itertools.accumulate(len(part) for part in parts[:-1])
+    return whole, list(dict.fromkeys(ends))
+
+
+def _check_flags(caption: str, flags: list[int], inside: list[int], slots: int) -> None:
+    if not flags:
+        raise ValueError(f"{caption!r} has no {MARKER}; it belongs behind the noun of each subject")
+    if len(flags) > slots:
+        raise ValueError(f"{caption!r} marks {len(flags)} subjects; at most {slots} have a place")
+    if len(inside) < len(flags):
+        raise ValueError(
+            f"{caption!r} is too long: the word of its subject number {len(inside) + 1} is cut off; shorten it"
+        )
 
 
 def count_chunks(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""CLIPText and CLIPVision against transformers on the same random weights; text encoders through files both ways."""
+"""CLIPText, CLIPVision and its input against transformers and torch; text encoders through files both ways."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_models import quick_jit
 
-from fairhuman_jax.models import CLIPText, CLIPVision, presets
+from fairhuman_jax.models import CLIPText, CLIPVision, presets, subject_pixels
 from fairhuman_jax.weights import load_model, save_model
 
 torch = pytest.importorskip("torch")
@@ -115,3 +115,34 @@ def test_outputs_and_files(name, change, tmp_path):
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
     kept = ("hidden_act", "eos_token_id", "projection_dim", "architectures")
     assert all(getattr(again.config, key) == getattr(model.config, key) for key in kept)
+
+
+@pytest.mark.parametrize("size", [(30, 30), (7, 7), (25, 18), (12, 12)], ids=str)
+def test_pictures_of_subjects_are_resized_as_torch_does(size):
+    images = np.random.default_rng(0).uniform(size=(2, 3, *size, 3)).astype(np.float32)
+    flat = nchw(images.reshape(6, *size, 3))
+    resized = torch.nn.functional.interpolate(flat, (12, 12), mode="bilinear", align_corners=False, antialias=True)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    found = subject_pixels(images, 12)
+    assert found.shape == (6, 12, 12, 3)
+    np.testing.assert_allclose(np.moveaxis(found, -1, 1), (resized - mean) / std, atol=1e-5)
+
+
+def test_the_embedding_of_a_subject_is_the_projected_class_token_of_any_length():
+    small = SMALL | {"image_size": 12, "patch_size": 4, "architectures": ["CLIPVisionModelWithProjection"]}
+    config = presets.CLIP_L_VISION | small
+    model = torch_clip("CLIPVisionModelWithProjection", config)
+    images = np.random.default_rng(1).uniform(size=(1, 2, 20, 20, 3)).astype(np.float32)
+    module = CLIPVision.from_config(config)
+    pixels = subject_pixels(images, 12)
+    with torch.no_grad():
+        expected = model(nchw(pixels)).image_embeds
+    found = quick_jit(module.apply)({"params": to_flax(model.state_dict(), module)}, pixels)["image_embeds"]
+    assert_parity(found, expected)
+    assert (np.abs(np.linalg.norm(found, axis=-1) - 1.0) > 0.1).all()
+
+
+def test_pictures_without_an_axis_of_subjects_are_refused():
+    with pytest.raises(ValueError, match=r"images are \[2, 4, 4, 3\], not \[B, N, H, W, 3\]"):
+        subject_pixels(np.ones((2, 4, 4, 3), np.float32), 12)

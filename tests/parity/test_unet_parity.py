@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import quick_jit
 
-from fairhuman_jax.models.unet import UNet2DCondition
+from fairhuman_jax.models import COLUMNS, UNet2DCondition, watched_columns
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -23,6 +23,14 @@ SD15 = {
     "cross_attention_dim": 24,
     "norm_num_groups": 8,
     "sample_size": 8,
+}
+SD15_DEEP = {
+    **SD15,
+    "block_out_channels": [8, 8, 16, 16],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
 }
 SD21 = {
     **SD15,
@@ -160,6 +168,44 @@ def test_sd21_values_and_gradients():
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         error = np.linalg.norm(ours - theirs)
         assert error <= 1e-4 * np.linalg.norm(theirs) + 1e-6 * largest, jax.tree_util.keystr(path)
+
+
+def test_watched_columns_are_the_probabilities_of_all_hooked_layers():
+    """Eleven cross-attentions in the shape of Stable Diffusion 1, at a size that does not halve evenly."""
+    values = inputs(SD15_DEEP, 10, 14)
+    positions = np.array([[1, 4, 0], [2, 3, 3]], np.int32)
+    original = torch_unet(SD15_DEEP)
+    expected = []
+
+    def record(attention, args, kwargs):
+        query, key = attention.to_q(args[0]), attention.to_k(kwargs["encoder_hidden_states"])
+        query, key = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (query, key))
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        expected.append(torch.softmax(scores, -1).numpy())
+
+    hooked = ("down_blocks.1.", "down_blocks.2.", "mid_block.", "up_blocks.1.", "up_blocks.2.")
+    for name, module in original.named_modules():
+        if name.startswith(hooked) and name.endswith("attn2"):
+            module.register_forward_pre_hook(record, with_kwargs=True)
+    with torch.no_grad():
+        prediction = original(**torch_inputs(values)).sample
+    module = UNet2DCondition.from_config(dict(original.config))
+    params = to_flax(original.state_dict(), module)
+
+    @quick_jit
+    def watch(params):
+        out, collections = module.apply({"params": params}, **values, watched=positions, mutable=[COLUMNS])
+        return out, watched_columns(collections)
+
+    out, columns = watch(params)
+    assert_parity(out, prediction)
+    assert len(columns) == len(expected) == 11
+    sizes = [column.shape[2:4] for column in columns]
+    assert sizes == [(5, 7)] * 2 + [(3, 4)] * 2 + [(2, 2)] + [(3, 4)] * 3 + [(5, 7)] * 3
+    for column, weights in zip(columns, expected, strict=True):
+        for sample, tokens in enumerate(positions):
+            wanted = weights[sample][..., tokens].reshape(column.shape[1:])
+            np.testing.assert_allclose(column[sample], wanted, rtol=0, atol=2e-5)
 
 
 def test_config_round_trip_loads_in_diffusers():

@@ -1,4 +1,4 @@
-"""Single-file checkpoints in the original (LDM) naming: recognised, read, written."""
+"""Single-file checkpoints in the original (LDM) naming: recognised, read, written. FastComposer's are read here too."""
 
 from __future__ import annotations
 

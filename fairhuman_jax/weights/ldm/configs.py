@@ -6,6 +6,7 @@ channels each), group norms of 32 groups, image sizes. For published sizes the r
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -120,6 +121,28 @@ def text_config(tensors: Tensors, published: Config) -> Config:
     if "text_projection.weight" in tensors.names():
         config["projection_dim"] = _shape(tensors, "text_projection.weight")[0]
     return config
+
+
+def vision_config(tensors: Tensors) -> Config:
+    """The `config.json` of a CLIP image encoder with projection, in transformers' names."""
+    embeddings = "vision_model.embeddings"
+    width, channels, patch, _ = _shape(tensors, f"{embeddings}.patch_embedding.weight")
+    cells = _shape(tensors, f"{embeddings}.position_embedding.weight")[0] - 1
+    return presets.CLIP_L_VISION | {
+        "hidden_size": width,
+        "num_channels": channels,
+        "patch_size": patch,
+        "image_size": patch * math.isqrt(cells),
+        "intermediate_size": _shape(tensors, "vision_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": _count(tensors.names(), r"vision_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "projection_dim": _shape(tensors, "visual_projection.weight")[0],
+    }
+
+
+def postfuse_config(tensors: Tensors) -> Config:
+    """The `config.json` of a `Postfuse`."""
+    return {"_class_name": "Postfuse", "width": _shape(tensors, "layer_norm.weight")[0]}
 
 
 def scheduler_config(family: str, prediction_type: str, *, zero_snr: bool = False) -> Config:

@@ -1,4 +1,4 @@
-"""Single-file checkpoints: Stable Diffusion 1.x, 2.x and XL, ControlNets and autoencoders in one file.
+"""Single-file checkpoints: Stable Diffusion 1.x, 2.x and XL, ControlNets, autoencoders, FastComposer's in one file.
 
 The file is recognised by the names of its tensors and each network in it is shown in the names of diffusers or
 transformers, with the config that its shapes imply. Nothing is read before a network is built.
@@ -66,7 +66,8 @@ class Component:
 class SingleFile:
     """A recognised file. `kind`, as "SD 1.5 inpainting", names the published model whose shapes or family it has.
 
-    components: by name, of unet, vae, text_encoder, text_encoder_2, controlnet those that the file holds.
+    components: by name, of unet, vae, text_encoder, text_encoder_2, controlnet, image_encoder, postfuse those that the
+    file holds.
     scheduler_config: that of the published model; empty without a UNet. options: fields of `Pipeline` that are not
     the published SDXL's.
     """
@@ -84,7 +85,8 @@ def open_single_file(
     """Recognise a .safetensors, .ckpt, .pt or .pth file; read no tensor but one bias of SD 2.x.
 
     Read: SD 1.x, 2.x, XL base and refiner, with 4, 8 (HumanSD) or 9 input channels; ControlNets, alone or beside the
-    model (HandRefiner); UNets and autoencoders alone; each in LDM naming, and single networks in diffusers' too.
+    model (HandRefiner); UNets and autoencoders alone; each in LDM naming, and single networks in diffusers' too;
+    the models of FastComposer and Face-diffuser, with and without subjects, in their flat naming.
     prediction_type: epsilon or v_prediction. None: what the file says of itself (`modelspec` metadata, `v_pred`, the
     global step of SD 2.0 base); other SD 2.x with 4 channels by the spread of a bias in their last attention, as
     ComfyUI does, since no name or shape differs between v and epsilon; else epsilon.
@@ -132,7 +134,7 @@ def load_component(
     sharding: Placement = None,
     **runtime: Any,
 ) -> tuple[nn.Module, PyTree]:
-    """Network `name` (unet, vae, text_encoder, text_encoder_2, controlnet) of a single file, and its parameters.
+    """Network `name` of a single file, one of its `SingleFile.components`, and its parameters.
 
     dtype, host, sharding and runtime as in `load_model`. Errors: those of `open_single_file`; a component that the
     file does not hold; tensors that are missing or misshaped.
@@ -156,7 +158,7 @@ def load_single_file(
     """The whole pipeline in a single file; dtype, host, sharding and runtime as in `load_pipeline`.
 
     tokenizer: where CLIP's vocabulary is, see `clip_tokenizer`. prediction_type: see `open_single_file`. A ControlNet
-    beside the model is left to `load_component`.
+    beside the model is left to `load_component`, what reads subjects to `load_subject_model`.
     Errors, one line each: those of both; a file without autoencoder or text encoder; a tokenizer of another size.
     """
     single = open_single_file(path, prediction_type=prediction_type)
@@ -227,6 +229,10 @@ def _config(component: str, view: View, naming: str, family: str | None) -> Conf
         return ldm_configs.controlnet_config(view)
     if component == "vae":
         return ldm_configs.vae_config(view, xl=family in (XL, REFINER))
+    if component == "image_encoder":
+        return ldm_configs.vision_config(view)
+    if component == "postfuse":
+        return ldm_configs.postfuse_config(view)
     return ldm_configs.text_config(view, TEXT_PRESETS[naming])
 
 
@@ -258,6 +264,8 @@ def _kind(components: dict[str, Component], family: str | None) -> str:
     )
     if len(components) == 1:
         return f"UNet of {kind}"
+    if "postfuse" in components:
+        return f"{kind} with subjects"
     if "controlnet" in components:
         return "HandRefiner" if (family, channels) == (SD1, 9) else f"{kind} with ControlNet"
     return kind

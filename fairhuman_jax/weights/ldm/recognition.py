@@ -21,7 +21,7 @@ LONE_OPENCLIP_PREFIX = "conditioner.embedders.0.model."  # the SDXL refiner, and
 EMA_PREFIX = "model_ema.diffusion_model"
 
 LDM, DIFFUSERS, CLIP, OPENCLIP, OPENCLIP_PROJECTED = "ldm", "diffusers", "clip", "openclip", "openclip projected"
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "image_encoder", "postfuse")
 
 PREFIXES = {
     UNET_PREFIX: ("unet", LDM),
@@ -33,6 +33,15 @@ PREFIXES = {
     OPENCLIP_XL_PREFIX: ("text_encoder_2", OPENCLIP_PROJECTED),
     LONE_OPENCLIP_PREFIX: ("text_encoder_2", OPENCLIP_PROJECTED),
 }
+# FastComposer's files, the networks of diffusers and transformers under one name each, and the tensor that tells them.
+FLAT_PREFIXES = {
+    "unet.": ("unet", DIFFUSERS),
+    "vae.": ("vae", DIFFUSERS),
+    "text_encoder.": ("text_encoder", CLIP),
+    "image_encoder.": ("image_encoder", DIFFUSERS),
+    "postfuse_module.": ("postfuse", DIFFUSERS),
+}
+FLAT_MARK = "unet.conv_in.weight"
 # Files of one network without prefix: a tensor that no other network has.
 MARKS = {
     "input_hint_block.0.weight": ("controlnet", LDM),
@@ -87,17 +96,18 @@ def groups_of(tensors: Tensors) -> dict[str, Group]:
     names = tensors.names()
     if not names:
         raise ValueError(f"{tensors.label} holds no tensors")
+    prefixes = PREFIXES | FLAT_PREFIXES if FLAT_MARK in names else PREFIXES
     groups: dict[str, Group] = {}
     strangers = []
     averaged = not any(name.startswith(UNET_PREFIX) for name in names)
     for name in names:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if averaged and name.startswith(EMA_PREFIX) and (dotted := with_dots(name.removeprefix(EMA_PREFIX))):
             groups.setdefault("unet", Group(LDM)).stored[dotted] = name
         elif IGNORED.fullmatch(name):
             continue
         elif prefix is not None:
-            component, naming = PREFIXES[prefix]
+            component, naming = prefixes[prefix]
             groups.setdefault(component, Group(naming)).stored[name.removeprefix(prefix)] = name
         else:
             strangers.append(name)
