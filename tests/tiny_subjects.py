@@ -36,7 +36,7 @@ def scene(height: int, width: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
 def write_subjects(root: Path, count: int = 3, test: int = 1) -> Path:
     """`count` samples in two shards, the last `test` of them in the list for tests; pictures are lossless in all but
     name."""
-    names = [f"{i % 2:05d}{9 - i:04d}" for i in range(count)]
+    names = [f"{i % 2:05d}{99 - i:04d}" for i in range(count)]
     for i, name in enumerate(names):
         image, ids, segments = scene(*SIZES[i % 3])
         stem = root / name[:5] / name

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import resources
@@ -142,14 +142,8 @@ def _write(source: Source, folder: Path, rows: Rows) -> None:
             for name, row in first.items()
         }
         spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-        context = multiprocessing.get_context("spawn")
-        with (
-            _one_thread_each(),
-            ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
-            tqdm(total=len(source), desc="rendering people", unit="image", smoothing=0.1) as bar,
-        ):
-            chunks = pool.map(_render, [source] * len(spans), spans, [rows] * len(spans))
-            for span, (chunk, texts) in zip(spans, chunks, strict=True):
+        with tqdm(total=len(source), desc="rendering people", unit="image", smoothing=0.1) as bar:
+            for span, (chunk, texts) in zip(spans, _rendered(source, spans, rows), strict=True):
                 for name, array in arrays.items():
                     array[span.start : span.stop] = chunk[name]
                 captions += texts
@@ -172,6 +166,16 @@ def _rows(sample: dict[str, Any], keypoints: bool) -> dict[str, np.ndarray]:
 def _arrays(sample: dict[str, Any]) -> dict[str, np.ndarray]:
     """All that is an array."""
     return {name: value for name, value in sample.items() if isinstance(value, np.ndarray)}
+
+
+def _rendered(source: Source, spans: Sequence[range], rows: Rows) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
+    """The chunks in order, from all cores; a single one is drawn here, which is done before a process has started."""
+    if len(spans) == 1:
+        yield _render(source, spans[0], rows)
+        return
+    context = multiprocessing.get_context("spawn")
+    with _one_thread_each(), ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        yield from pool.map(_render, [source] * len(spans), spans, [rows] * len(spans))
 
 
 def _render(source: Source, span: range, rows: Rows) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -149,6 +149,8 @@ def read_segment_map(path: Path) -> np.ndarray:
         mapped = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise BadSample(f"{path}: no such file") from None
+    except SystemError:  # Python 3.11 may lose count of its parser's depth among threads (python/cpython#106905)
+        return read_segment_map(path)
     except (OSError, ValueError, EOFError, OverflowError) as error:
         raise BadSample(f"{path}: no whole npy file of numbers ({' '.join(str(error).split())})") from None
     if mapped.ndim != 2 or mapped.dtype.kind not in "iu":

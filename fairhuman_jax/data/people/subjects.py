@@ -12,7 +12,7 @@ from fairhuman_jax.data.loader import Source
 from fairhuman_jax.data.people.captions import noun_ends, pair_captions
 from fairhuman_jax.data.people.pack import PeoplePack
 from fairhuman_jax.data.people.paraphrase import paraphrases
-from fairhuman_jax.data.people.render import Drawing, compose, draw, part_masks, render, shares
+from fairhuman_jax.data.people.render import compose, draw, part_masks, render, shares
 from fairhuman_jax.data.people.spec import draw_pose, sample_spec, stream
 from fairhuman_jax.data.subject_folder import Segment
 from fairhuman_jax.data.subject_transforms import bounds
