@@ -105,20 +105,24 @@ def test_two_people_are_drawn_as_each_alone_wherever_they_share_no_pixel(scenes,
 
 
 def test_the_hidden_person_is_the_one_behind():
-    """Where both have samples the front one's are seen, whole pixels of them are its own; elsewhere nothing changes."""
-    scenes, whole = PeopleScenes(SIZE, 8, SEED, pairs=1.0), 0
+    """A pixel is the front person's from two of its four samples on, else the other's if two of it are left to see."""
+    scenes, whole, changed = PeopleScenes(SIZE, 8, SEED, pairs=1.0), 0, 0
     for i in range(8):
         specs = scenes.specs(i)
-        one, other = (occupied(spec) for spec in specs)
-        (first, a, _), (second, b, _) = (scenes._pair(specs, front) for front in (0, 1))
-        apart = ~(one & other).any(-1)
-        np.testing.assert_array_equal(first[apart], second[apart])
-        alone = ~(one.any(-1) & other.any(-1))
-        np.testing.assert_array_equal(a[alone], b[alone])
-        both = (one & other).all(-1)
-        assert (a[both] == 1).all() and (b[both] == 2).all()
-        whole += int(both.sum())
-    assert whole > 0
+        samples, images = [occupied(spec) for spec in specs], []
+        for front in (0, 1):
+            near, far = samples[front], samples[1 - front] & ~samples[front]
+            image, ids, _ = scenes._pair(specs, front)
+            left = np.where(far.sum(-1) >= 2, 2 - front, 0)
+            np.testing.assert_array_equal(ids, np.where(near.sum(-1) >= 2, front + 1, left))
+            alone, filled = render(PeoplePack.load(), specs[front], SIZE), near.all(-1)
+            np.testing.assert_array_equal(image[filled], alone["image"][filled])
+            changed += int((left != np.where(samples[1 - front].sum(-1) >= 2, 2 - front, 0)).sum())
+            images.append(image)
+        both = (samples[0] & samples[1]).any(-1)
+        np.testing.assert_array_equal(images[0][~both], images[1][~both])
+        whole += int((samples[0] & samples[1]).all(-1).sum())
+    assert whole > 0 and changed > 0
 
 
 def test_captions_name_everybody_and_ends_close_the_nouns(scenes, samples):
