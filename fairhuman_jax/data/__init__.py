@@ -7,6 +7,8 @@ from fairhuman_jax.data.keypoint_transforms import PoseTransform
 from fairhuman_jax.data.loader import BatchIterator, Source, Transform, make_loader
 from fairhuman_jax.data.preview import overlay
 from fairhuman_jax.data.shards import ShardedDataset, ShardWriter
+from fairhuman_jax.data.subject_folder import Segment, SubjectDataset
+from fairhuman_jax.data.subject_transforms import SubjectConfig, SubjectTransform
 from fairhuman_jax.data.tfds_folder import TFDSDataset, build_tfds
 from fairhuman_jax.data.transforms import Geometry, JointTransform, dilate_mask
 
@@ -17,9 +19,13 @@ __all__ = [
     "Geometry",
     "JointTransform",
     "PoseTransform",
+    "Segment",
     "ShardWriter",
     "ShardedDataset",
     "Source",
+    "SubjectConfig",
+    "SubjectDataset",
+    "SubjectTransform",
     "TFDSDataset",
     "Transform",
     "assign_buckets",

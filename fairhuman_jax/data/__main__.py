@@ -7,24 +7,28 @@ import logging
 from pathlib import Path
 
 from fairhuman_jax.data.check import check_folder, sheet
+from fairhuman_jax.data.check_subjects import check_subjects, subject_sheet
+from fairhuman_jax.data.subject_folder import SPLITS
 from fairhuman_jax.data.tfds_folder import build_tfds
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Read every file of a metadata.jsonl folder; report faults, sizes and areas; exit code 1 if there are problems."""
+    """Read every file of a folder; report faults, sizes, areas or labels; exit code 1 if there are problems."""
     logging.disable(logging.WARNING)  # the report says it all
-    report = check_folder(arguments.folder, arguments.resolution, arguments.workers)
+    subjects = (arguments.folder / SPLITS["train"]).is_file()
+    look, draw = (check_subjects, subject_sheet) if subjects else (check_folder, sheet)
+    report = look(arguments.folder, arguments.resolution, arguments.workers)
     print(report)
     if arguments.sheet:
         arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-        sheet(arguments.folder).save(arguments.sheet)
+        draw(arguments.folder).save(arguments.sheet)
         print(f"\npicture: {arguments.sheet}")
     return 0 if report.clean else 1
 
 
 def _add_check(commands) -> None:
     parser = commands.add_parser("check", help=check.__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="of metadata.jsonl, or of image_ids_train.txt with its files")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write a picture of samples with their masks")
     parser.add_argument("--resolution", type=int, default=1024, help="of the training to come (default 1024)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import resources
@@ -23,10 +24,12 @@ from fairhuman_jax.data.packages import cache_folder
 from fairhuman_jax.data.people import PeopleDataset
 from fairhuman_jax.data.people.conditions import detected_points
 from fairhuman_jax.data.people.paraphrase import paraphrases
+from fairhuman_jax.data.people.subjects import PeopleScenes, PeopleSubjects, PeopleViews
 
 CHUNK = 64
 PICTURES, MASKS = ("image", "conditioning_image"), ("face_mask", "hand_mask")
 KEYPOINTS = "keypoints"
+Rows = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -62,6 +65,25 @@ class CachedSource:
         return CachedSource, (self.folder,)
 
 
+class CachedArrays:
+    """The samples of a finished cache folder as they were: arrays and caption. Picklable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.captions: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        self._arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        arrays = {name: np.asarray(array[index]) for name, array in self._arrays.items()}
+        return arrays | {"caption": self.captions[index]}
+
+    def __reduce__(self):
+        return CachedArrays, (self.folder,)
+
+
 def cached_people(
     size: int, length: int, seed: int, start: int = 0, conditioning: str | None = None, keypoints: bool = False
 ) -> CachedSource:
@@ -74,40 +96,54 @@ def cached_people(
     """
     source = PeopleDataset(size, length, seed, start=start, conditioning=conditioning)
     layers = (f"-{conditioning}" if conditioning else "") + ("-keypoints" if keypoints else "")
-    folder = cache_folder() / f"people-{size}px-seed{seed}-{start}+{length}{layers}-{_renderer_digest()}"
+    name = f"people-{size}px-seed{seed}-{start}+{length}{layers}"
+    return CachedSource(_kept(source, name, functools.partial(_rows, keypoints=keypoints)))
+
+
+def cached_subjects(
+    size: int, length: int, seed: int, view_size: int, identities: int | None = None, pairs: float = 0, count: int = 4
+) -> PeopleSubjects:
+    """Scenes of the people world with `count` views of each person, in pictures of `view_size` pixels, kept as
+    `cached_people` keeps its samples. The other arguments are those of PeopleScenes."""
+    scenes = PeopleScenes(size, length, seed, identities, pairs)
+    views = PeopleViews(view_size, scenes.identities, seed, count)
+    people = f"{scenes.identities}people"
+    stored = (
+        _kept(scenes, f"scenes-{size}px-seed{seed}-{length}-{people}-pairs{pairs}", _arrays),
+        _kept(views, f"views-{view_size}px-seed{seed}-{people}x{count}", _arrays),
+    )
+    return PeopleSubjects(CachedArrays(stored[0]), CachedArrays(stored[1]), count)
+
+
+def _kept(source: Source, name: str, rows: Rows) -> Path:
+    """The finished cache folder of what `rows` takes of each sample; written if it is not there."""
+    folder = cache_folder() / f"{name}-{_renderer_digest()}"
     if not folder.is_dir():
         try:
-            _write(source, folder, keypoints)
+            _write(source, folder, rows)
         except OSError as error:
-            if folder.is_dir():  # another process finished the same folder first
-                return CachedSource(folder)
-            raise OSError(
-                f"people world: cannot keep {length} images in {folder.parent} ({error.strerror or error}); "
-                "set FAIRHUMAN_CACHE to a folder with room"
-            ) from error
-    return CachedSource(folder)
+            if not folder.is_dir():  # or another process finished the same folder first
+                raise OSError(
+                    f"people world: cannot keep {len(source)} images in {folder.parent} ({error.strerror or error}); "
+                    "set FAIRHUMAN_CACHE to a folder with room"
+                ) from error
+    return folder
 
 
-def _write(source: Source, folder: Path, keypoints: bool) -> None:
+def _write(source: Source, folder: Path, rows: Rows) -> None:
     """Renders every sample with one process a core, then renames the finished folder into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="people-", dir=folder.parent))
     try:
         captions: list[str] = []
-        first = _rows(source[0], keypoints)
+        first = rows(source[0])
         arrays = {
             name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", row.dtype, (len(source), *row.shape))
             for name, row in first.items()
         }
         spans = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-        context = multiprocessing.get_context("spawn")
-        with (
-            _one_thread_each(),
-            ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
-            tqdm(total=len(source), desc="rendering people", unit="image", smoothing=0.1) as bar,
-        ):
-            chunks = pool.map(_render, [source] * len(spans), spans, [keypoints] * len(spans))
-            for span, (chunk, texts) in zip(spans, chunks, strict=True):
+        with tqdm(total=len(source), desc="rendering people", unit="image", smoothing=0.1) as bar:
+            for span, (chunk, texts) in zip(spans, _rendered(source, spans, rows), strict=True):
                 for name, array in arrays.items():
                     array[span.start : span.stop] = chunk[name]
                 captions += texts
@@ -127,10 +163,25 @@ def _rows(sample: dict[str, Any], keypoints: bool) -> dict[str, np.ndarray]:
     return rows | ({KEYPOINTS: detected_points(sample, "coco17")[None]} if keypoints else {})
 
 
-def _render(source: Source, span: range, keypoints: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+def _arrays(sample: dict[str, Any]) -> dict[str, np.ndarray]:
+    """All that is an array."""
+    return {name: value for name, value in sample.items() if isinstance(value, np.ndarray)}
+
+
+def _rendered(source: Source, spans: Sequence[range], rows: Rows) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
+    """The chunks in order, from all cores; a single one is drawn here, which is done before a process has started."""
+    if len(spans) == 1:
+        yield _render(source, spans[0], rows)
+        return
+    context = multiprocessing.get_context("spawn")
+    with _one_thread_each(), ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        yield from pool.map(_render, [source] * len(spans), spans, [rows] * len(spans))
+
+
+def _render(source: Source, span: range, rows: Rows) -> tuple[dict[str, np.ndarray], list[str]]:
     samples = [source[i] for i in span]
-    rows = [_rows(sample, keypoints) for sample in samples]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, [sample["caption"] for sample in samples]
+    kept = [rows(sample) for sample in samples]
+    return {name: np.stack([row[name] for row in kept]) for name in kept[0]}, [sample["caption"] for sample in samples]
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -31,7 +33,7 @@ SHEET, TILE = 24, 192
 class Task:
     """What a worker needs to look at one sample."""
 
-    line: int
+    line: int | str
     files: dict[str, Path]
     captions: tuple[str, ...]
 
@@ -50,7 +52,7 @@ class Region:
 class Finding:
     """What one sample is; `problems` make it unfit, `notes` are worth a look."""
 
-    line: int
+    line: int | str
     size: tuple[int, int] | None = None
     digest: str = ""
     regions: dict[str, Region] = field(default_factory=dict)
@@ -58,9 +60,13 @@ class Finding:
     notes: list[str] = field(default_factory=list)
 
 
+Found = TypeVar("Found", bound=Finding)
+
+
 @dataclass
 class Report:
-    """All findings of a folder, with the faults of its metadata in `problems`; `str()` is what the command prints."""
+    """All findings of a folder, faults of its metadata among the `problems`; `figures`: further text. `str()`
+    is what the command prints."""
 
     folder: Path
     resolution: int
@@ -68,6 +74,7 @@ class Report:
     problems: list[str]
     notes: list[str]
     layers: tuple[str, ...]
+    figures: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -80,6 +87,7 @@ class Report:
             _listing(f"{len(self.notes)} notes", self.notes),
             _sizes(self.findings, self.resolution),
             *(_areas(self.findings, name, self.resolution) for name in OPTIONAL_MASKS if name in self.layers),
+            *self.figures,
         ]
         return "\n\n".join([f"{self.folder}: {len(self.findings)} samples", *filter(None, sections)])
 
@@ -95,54 +103,66 @@ def check_folder(folder: str | os.PathLike[str], resolution: int = 1024, workers
     data = FolderDataset(folder)
     broken = data.bad_lines()
     tasks = [Task(data.line(i), data.files(i), data.captions(i)) for i in range(len(data))]
-    with tqdm(total=len(tasks), desc="checking", unit="sample", delay=0.5) as bar:
-        findings = []
-        for finding in _inspected(tasks, resolution, os.cpu_count() or 1 if workers is None else workers):
-            findings.append(finding)
-            bar.update()
+    findings = inspected(inspect, tasks, resolution, workers)
     problems = [line.removeprefix(f"{data.metadata}:") for line in broken]
     problems += [f"{f.line}: {text}" for f in findings for text in f.problems]
-    notes = [f"{f.line}: {text}" for f in findings for text in f.notes] + _duplicates(findings)
+    notes = [f"{f.line}: {text}" for f in findings for text in f.notes] + duplicates(findings)
     notes += [f"{count} lines have no {column!r}" for column, count in data.missing.items()]
     return Report(Path(folder), resolution, findings, problems, notes, data.layers)
 
 
-def _inspected(tasks: Sequence[Task], resolution: int, workers: int) -> Iterator[Finding]:
-    if workers == 0 or len(tasks) <= CHUNK:
-        yield from (inspect(task, resolution) for task in tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(inspect, tasks, [resolution] * len(tasks), chunksize=CHUNK)
+def inspected(
+    look: Callable[[Task, int], Found], tasks: Sequence[Task], resolution: int, workers: int | None
+) -> list[Found]:
+    """What `look(task, resolution)` finds in each task, with `workers` processes (None: one a core; 0: in this one)."""
+    workers = os.cpu_count() or 1 if workers is None else workers
+    with contextlib.ExitStack() as stack:
+        found: Iterable[Found] = (look(task, resolution) for task in tasks)
+        if workers and len(tasks) > CHUNK:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
+            found = pool.map(look, tasks, [resolution] * len(tasks), chunksize=CHUNK)
+        return list(tqdm(found, total=len(tasks), desc="checking", unit="sample", delay=0.5))
 
 
 def inspect(task: Task, resolution: int) -> Finding:
     """Every file of one sample, each judged for itself."""
     finding = Finding(task.line)
-    if any(not caption.strip() for caption in task.captions):
-        finding.problems.append("empty caption")
-    words = max(len(caption.split()) for caption in task.captions)
-    if words > LONG_CAPTION:
-        finding.notes.append(f"caption of {words} words; text encoders cut after about {LONG_CAPTION}")
+    judge_captions(finding, task.captions)
     try:
         image = read_image(task.files["image"])
     except BadSample as error:
         finding.problems.append(str(error))
         return finding
-    finding.size = image.shape[0], image.shape[1]
-    finding.digest = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() + str(finding.size)
-    if min(finding.size) < resolution:
-        finding.notes.append(f"{image.shape[1]}x{image.shape[0]} pixels, enlarged to {resolution}")
+    judge_image(finding, image, resolution)
     for name, path in task.files.items():
         if name == "image":
             continue
         try:
-            layer = read_layer(name, path, finding.size, task.files["image"].name)
+            layer = read_layer(name, path, image.shape[:2], task.files["image"].name)
         except BadSample as error:
             finding.problems.append(str(error))
             continue
         if name in OPTIONAL_MASKS:
             _judge_mask(finding, name, layer, path, resolution)
     return finding
+
+
+def judge_captions(finding: Finding, captions: Sequence[str]) -> None:
+    """Notes what a text encoder makes nothing of, or too little."""
+    if any(not caption.strip() for caption in captions):
+        finding.problems.append("empty caption")
+    words = max(len(caption.split()) for caption in captions)
+    if words > LONG_CAPTION:
+        finding.notes.append(f"caption of {words} words; text encoders cut after about {LONG_CAPTION}")
+
+
+def judge_image(finding: Finding, image: np.ndarray, resolution: int) -> None:
+    """Notes size and content of a picture."""
+    finding.size = image.shape[0], image.shape[1]
+    finding.digest = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() + str(finding.size)
+    if min(finding.size) < resolution:
+        finding.notes.append(f"{image.shape[1]}x{image.shape[0]} pixels, enlarged to {resolution}")
 
 
 def _judge_mask(finding: Finding, name: str, mask: np.ndarray, path: Path, resolution: int) -> None:
@@ -181,7 +201,7 @@ def sheet(folder: str | os.PathLike[str], count: int = SHEET, tile: int = TILE) 
     return overlay(batch, [sample["caption"][:160] for sample in samples])
 
 
-def _duplicates(findings: Sequence[Finding]) -> list[str]:
+def duplicates(findings: Sequence[Finding]) -> list[str]:
     lines = defaultdict(list)
     for finding in findings:
         if finding.digest:
@@ -194,6 +214,12 @@ def _listing(title: str, lines: Sequence[str], limit: int = 40) -> str:
     return "\n".join([title + (":" if lines else ""), *(f"  {line}" for line in lines[:limit]), *more])
 
 
+def bars(title: str, rows: Sequence[tuple[str, int]]) -> str:
+    """A row of `#` for each (label, count), the longest of 30."""
+    most = max((count for _, count in rows), default=1)
+    return "\n".join([title, *(f"  {label:<24} {count:>8}  {'#' * -(-30 * count // most)}" for label, count in rows)])
+
+
 def _sizes(findings: Sequence[Finding], resolution: int) -> str:
     sizes = [finding.size for finding in findings if finding.size]
     if not sizes:
@@ -203,11 +229,7 @@ def _sizes(findings: Sequence[Finding], resolution: int) -> str:
     shapes = bucket_shapes(resolution, max(resolution // 16, 1)) if resolution >= 16 else ((1, 1),)
     nearest = Counter(nearest_bucket(size, shapes) for size in sizes)
     rows += [(f"bucket {shapes[i][1]}x{shapes[i][0]}", nearest[i]) for i in sorted(nearest)]
-    most = max(count for _, count in rows)
-    return "\n".join(
-        ["sizes and aspect ratios (width x height):"]
-        + [f"  {label:<24} {count:>8}  {'#' * -(-30 * count // most)}" for label, count in rows]
-    )
+    return bars("sizes and aspect ratios (width x height):", rows)
 
 
 def _areas(findings: Sequence[Finding], name: str, resolution: int) -> str:

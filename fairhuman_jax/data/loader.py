@@ -24,7 +24,10 @@ class Source(Protocol):
 
 
 class Transform(Protocol):
-    """Sample and generator -> arrays of fixed shapes, in a dict that may be nested."""
+    """Sample and generator -> arrays of fixed shapes, in a dict that may be nested.
+
+    A `caption` (str) among them takes the place of the sample's: the transform has decided what is said, and whether.
+    """
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]: ...
 
@@ -119,6 +122,8 @@ class _Load:
         captions: Sequence[str] = sample.get("captions") or (sample["caption"],)
         dropped, chosen = drop < self.caption_dropout, int(choice * len(captions))
         arrays = self.transforms[group](sample, rng)
+        if "caption" in arrays:
+            return {name: value for name, value in arrays.items() if name != "caption"}, arrays["caption"]
         if "texts" in sample:
             return arrays | (sample["empty_text"] if dropped else sample["texts"][chosen]), None
         return arrays, "" if dropped else captions[chosen]
@@ -237,7 +242,8 @@ def make_loader(
     of a batch, on every shard, are then of one group g and go through `transform[g]`; what does not fill a batch of
     its group waits for the next epoch. `tokenize(list of captions) -> {"input_ids": int32 [B, L],
     ...}`. Captions are replaced by "" with probability `caption_dropout`, drawn anew for each sample in each
-    epoch; a sample with `texts` (a dict of arrays for each caption) and `empty_text` gives those in place of ids.
+    epoch; a sample with `texts` (a dict of arrays for each caption) and `empty_text` gives those in place of ids, and a
+    transform that gives a caption drops it itself.
     `workers` processes (0: threads of this process) and `prefetch` batches ahead for each change speed
     only, never the batches.
 

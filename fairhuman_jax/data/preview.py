@@ -1,4 +1,4 @@
-"""A picture of a batch: images with face masks in red and hand masks in green laid over, captions below."""
+"""A picture of a batch: images with face, hand and object masks laid over in colours, captions below."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 FACE_COLOUR = (255, 0, 0)
 HAND_COLOUR = (0, 255, 0)
+OBJECT_COLOURS = ((255, 0, 0), (0, 0, 255), (0, 255, 0), (255, 255, 0))
 STRENGTH = 0.45
 GREY = 160
 
@@ -26,19 +27,25 @@ def overlay(
     columns: int = 4,
     tile: int | None = None,
 ) -> Image.Image:
-    """Sheet of a batch (image uint8 [B, H, W, 3], optional face_mask, hand_mask, conditioning_image).
+    """Sheet of a batch (image uint8 [B, H, W, 3], optional face_mask, hand_mask, conditioning_image, object_masks
+    [B, N, H, W], object_pixels [B, N, S, S, 3]).
 
-    A batch of latents has no image: its masks are shown on grey. Each tile is the tinted image (its control image, if
-    any, to the right) with its caption below; `tile` is the shown height in pixels (None:
-    the image's own, at least 128).
+    A batch of latents has no image: its masks are shown on grey. Each tile is the tinted image (its control image and
+    the pictures of its objects, if any, to the right) with its caption below; `tile` is the shown height in pixels
+    (None: the image's own, at least 128).
     """
     images = np.asarray(batch["image"]) if "image" in batch else _canvas(batch)
     count, high = images.shape[:2]
     for name, colour in (("face_mask", FACE_COLOUR), ("hand_mask", HAND_COLOUR)):
         if name in batch:
             images = tint(images, np.asarray(batch[name]), colour)
+    if "object_masks" in batch:
+        for k, mask in enumerate(np.moveaxis(np.asarray(batch["object_masks"]), 1, 0)):
+            images = tint(images, mask[..., None], OBJECT_COLOURS[k % len(OBJECT_COLOURS)])
     if "conditioning_image" in batch:
         images = np.concatenate([images, np.asarray(batch["conditioning_image"])], axis=2)
+    if "object_pixels" in batch:
+        images = np.concatenate([images, *_objects(np.asarray(batch["object_pixels"]), high)], axis=2)
     side: int = tile or max(high, 128)
     width = side * images.shape[2] // high
     font = ImageFont.load_default(size=12)
@@ -57,6 +64,15 @@ def overlay(
         sheet.paste(Image.fromarray(image).resize((width, side), Image.Resampling.BILINEAR), (left, top))
         draw.multiline_text((left + 3, top + side + 1), text, fill="black", font=font)
     return sheet
+
+
+def _objects(pixels: np.ndarray, side: int) -> list[np.ndarray]:
+    """uint8 [B, N, S, S, 3] as N pictures [B, side, side, 3], without those that the whole batch lacks."""
+
+    def fitted(picture: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
+
+    return [np.stack([fitted(picture) for picture in kth]) for kth in np.moveaxis(pixels, 1, 0) if kth.any()]
 
 
 def _canvas(batch: Mapping[str, np.ndarray]) -> np.ndarray:

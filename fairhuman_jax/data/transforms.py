@@ -78,6 +78,14 @@ class Geometry:
             array = np.asarray(layer.resize(self.resized_xy, Image.Resampling.BILINEAR))[..., None]
         return self.cut(array)
 
+    def labels(self, array: np.ndarray) -> np.ndarray:
+        """Integers [H, W] -> [h, w]: those of the nearest pixels, never mixed."""
+        rows, columns = (
+            ((np.arange(new) + 0.5) * old / new).astype(np.intp)
+            for old, new in zip(array.shape[:2], self.resized, strict=True)
+        )
+        return self.cut(array[rows[:, None], columns])
+
     def keypoints(self, sets: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Sets of key points by the names of MIRROR: float [..., K, D], (x, y, ...), pixel centres at +.5.
 

@@ -219,6 +219,12 @@ def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) ->
         "hand_mask": ((*pixels, 1), jnp.uint8),
         "time_ids": ((count, 6), jnp.float32),
     }
+    if subjects := config.data.subjects:
+        objects, shown = (count, subjects.max_objects), subjects.object_resolution
+        del shapes["face_mask"], shapes["hand_mask"]
+        shapes["object_pixels"] = ((*objects, shown, shown, 3), jnp.uint8)
+        shapes["object_masks"] = ((*objects, side, side), jnp.uint8)
+        shapes["num_objects"] = ((count,), jnp.int32)
     if config.data.keypoints:
         shapes["keypoints"] = ((count, PEOPLE, JOINTS, 3), jnp.float32)
     if isinstance(system, LatentDiffusion):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fairhuman_jax.data.subject_transforms import SubjectConfig
 from fairhuman_jax.systems.autoencoder import AutoencoderConfig
 from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
@@ -19,12 +20,15 @@ from fairhuman_jax.training.state import OptimizerConfig
 class DataConfig:
     """What to train on.
 
-    folder: a FairHuman folder (metadata.jsonl), a TFDS version folder or shards of latents (training/encode.py), told
-    apart by what they hold, a mapping file (.json) of Laion-Human or Human-Art, or None for the people world; length,
-    seed: of the people world, which is rendered on first use and kept; conditioning: control images, for the people
-    world "fairhuman" (skeleton, face points, hand depth), for it and mapping files "humansd" (skeletons, drawn anew for
-    each crop), while folders have their own; keypoints: with the joints of ten people, of the same two; compat:
-    "reference" prepares these as HumanSD did (data/keypoint_transforms.py); held_out: samples kept from training (at
+    folder: a FairHuman folder (metadata.jsonl), a FastComposer folder (image_ids_train.txt), a TFDS version folder or
+    shards of latents (training/encode.py), told apart by what they hold, a mapping file (.json) of Laion-Human or
+    Human-Art, or None for the people world; length, seed: of the people world, which is rendered on first use and kept;
+    conditioning: control images, for the people world "fairhuman" (skeleton, face points, hand depth), for it and
+    mapping files "humansd" (skeletons, drawn anew for each crop), while folders have their own; keypoints: with the
+    joints of ten people, of the same two; subjects: with pictures of the people in it, their masks and marked captions,
+    for the people world and FastComposer folders (SubjectConfig in data/subject_transforms.py); compat: "reference"
+    prepares skeletons as HumanSD did, subjects as FastComposer did (data/keypoint_transforms.py,
+    data/subject_transforms.py); held_out: samples kept from training (at
     most a quarter of a folder); resolution: pixels a side after the joint resize and crop (center or random); buckets:
     instead of squares the nearest of several shapes of at most that area, sides multiples of bucket_step, aspect up to
     bucket_aspect, one shape a batch; flip: probability of mirroring; caption_dropout: probability of an empty caption;
@@ -37,6 +41,7 @@ class DataConfig:
     seed: int = 0
     conditioning: Literal["fairhuman", "humansd"] | None = None
     keypoints: bool = False
+    subjects: SubjectConfig | None = None
     compat: Literal["reference"] | None = None
     held_out: int = 128
     resolution: int = 64

@@ -11,12 +11,14 @@ import jax
 import numpy as np
 
 from fairhuman_jax.data.buckets import assign_buckets, bucket_shapes, picture_size
-from fairhuman_jax.data.cache import cached_people
+from fairhuman_jax.data.cache import cached_people, cached_subjects
 from fairhuman_jax.data.folder import METADATA, FolderDataset
 from fairhuman_jax.data.keypoint_transforms import PoseTransform
 from fairhuman_jax.data.loader import BatchIterator, Source, Transform, make_loader
 from fairhuman_jax.data.pose_files import MappingDataset
 from fairhuman_jax.data.shards import MANIFEST, ShardedDataset
+from fairhuman_jax.data.subject_folder import SPLITS, SubjectDataset
+from fairhuman_jax.data.subject_transforms import SubjectTransform
 from fairhuman_jax.data.tfds_folder import INFO, TFDSDataset
 from fairhuman_jax.data.transforms import JointTransform
 from fairhuman_jax.systems.contract import System
@@ -58,28 +60,41 @@ class LatentSource:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The people world or what `config.folder` is: a mapping file, or a folder with metadata.jsonl, a TFDS version or
-    shards of latents.
+    """The people world or what `config.folder` is: a mapping file, or a folder with metadata.jsonl, a list of ids, a
+    TFDS version or shards of latents.
 
-    Raises FileNotFoundError, ValueError: no such folder, or none of the three in it; settings that the data cannot
+    Raises FileNotFoundError, ValueError: no such folder, or none of the four in it; settings that the data cannot
     follow; what the readers raise.
     """
-    if config.compat and (config.buckets or config.cache_latents or not _asks_for_poses(config)):
-        raise ValueError(
-            f"data.compat={config.compat} crops pictures with poses anew, to squares: set data.conditioning=humansd or "
-            "data.keypoints=true, and neither data.buckets nor data.cache_latents"
-        )
+    _check(config)
     if config.folder is None:
         total = config.length + config.held_out
+        if config.subjects:
+            people = config.subjects
+            return cached_subjects(
+                config.resolution,
+                total,
+                config.seed,
+                people.object_resolution,
+                people.identities,
+                people.pairs,
+                people.references,
+            )
         drawn = None if config.conditioning == "humansd" else config.conditioning  # those come with the crop
         return cached_people(
             config.resolution, total, config.seed, conditioning=drawn, keypoints=_asks_for_poses(config)
         )
     root = Path(config.folder)
+    if config.subjects and not (root / SPLITS["train"]).is_file():
+        raise ValueError(f"data.subjects: {root} holds no {SPLITS['train']}, and is not the people world")
     if _has_poses(config):
         if config.conditioning == "fairhuman":
             raise ValueError(f"{root}: has joints alone; set data.conditioning to humansd or none")
         return MappingDataset(root, on_error=config.on_error)
+    if (root / SPLITS["train"]).is_file():
+        if config.keypoints or config.conditioning:
+            raise ValueError(f"{root}: has people's segments alone; set neither data.keypoints nor data.conditioning")
+        return SubjectDataset(root, on_error=config.on_error)
     if config.compat:
         raise ValueError(f"data.compat: {root} is no mapping file (.json), and not the people world")
     if (root / MANIFEST).is_file():
@@ -93,8 +108,31 @@ def open_source(config: DataConfig) -> Source:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     raise ValueError(
-        f"{root}: no data folder; it needs {METADATA}, {INFO} (TFDS version folder) or {MANIFEST} (shards)"
+        f"{root}: no data folder; it needs {METADATA}, {INFO} (TFDS version folder), {SPLITS['train']} "
+        f"(FastComposer) or {MANIFEST} (shards)"
     )
+
+
+def _check(config: DataConfig) -> None:
+    """Refuses settings that exclude each other, whatever the data."""
+    if config.subjects and (config.cache_latents or config.keypoints or config.conditioning):
+        raise ValueError("data.subjects: set neither data.cache_latents, data.keypoints nor data.conditioning with it")
+    if config.subjects and config.caption_dropout:
+        raise ValueError(
+            f"data.caption_dropout={config.caption_dropout}: a caption and its objects are dropped together, by "
+            "data.subjects.uncondition_prob"
+        )
+    if config.subjects and config.compat and (config.buckets or config.crop != "center"):
+        raise ValueError(
+            f"data.compat={config.compat} crops squares from the middle: no data.buckets, data.crop=center"
+        )
+    if config.subjects or not config.compat:
+        return
+    if config.buckets or config.cache_latents or not _asks_for_poses(config):
+        raise ValueError(
+            f"data.compat={config.compat} crops pictures with poses anew, to squares: set data.conditioning=humansd or "
+            "data.keypoints=true, and neither data.buckets nor data.cache_latents"
+        )
 
 
 def open_data(config: DataConfig) -> tuple[Source, Source]:
@@ -138,9 +176,10 @@ def training_batches(
 def held_out_batches(source: Source, system: System, data: DataConfig, batch_size: int) -> list[Arrays]:
     """Full batches of the held-out samples, centre-cropped to the square; latents keep their shapes, one a batch.
 
-    A remainder is filled up from the start of its shape's samples.
+    A remainder is filled up from the start of its shape's samples. All subjects appear, as they are.
     """
-    transforms, groups = _batching(source, replace(data, buckets=False), crop="center", flip=0.0)
+    shown = data.subjects.plain() if data.subjects else None
+    transforms, groups = _batching(source, replace(data, buckets=False, subjects=shown), crop="center", flip=0.0)
     members = np.zeros(len(source), np.int32) if groups is None else groups
     batches: list[Arrays] = []
     for group in np.unique(members):
@@ -171,6 +210,8 @@ def geometry(
     """(transforms, which of them each sample takes): one for each bucket, or the square's alone and None."""
 
     def transform(shape: int | tuple[int, int]) -> JointTransform:
+        if data.subjects:
+            return SubjectTransform(shape, crop=crop, flip=flip, subjects=data.subjects, compat=data.compat)
         if _has_poses(data) and _asks_for_poses(data):
             draw = data.conditioning == "humansd"
             return PoseTransform(shape, crop=crop, flip=flip, draw=draw, targets=data.keypoints)
@@ -205,7 +246,7 @@ def _batching(
 ) -> tuple[Sequence[Transform], np.ndarray | None]:
     """What make_loader needs so that batches stack: `geometry` of images, or the shapes of latents."""
     shapes = latent_shapes(source)
-    if data.compat:
+    if data.compat and not data.subjects:
         options = {"draw": data.conditioning == "humansd", "targets": data.keypoints, "compat": data.compat}
         return [PoseTransform(data.resolution, crop="random", masks=(), **options)], None
     if shapes is None:

@@ -40,6 +40,8 @@ def encode_folder(
     """
     if not hasattr(system, "encode_image"):
         raise ValueError(f"{type(system).__name__} has no frozen autoencoder to encode with")
+    if data.subjects:
+        raise ValueError("data.subjects: their pictures and captions are drawn anew each time; train from the folder")
     source = open_source(data)
     if isinstance(source, ShardedDataset):
         raise ValueError(f"{data.folder}: holds latents already")

@@ -20,6 +20,7 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAIRHUMAN_CACHE", str(folder))
+        patch.setattr(cache, "CHUNK", 2)  # several chunks are drawn by processes, one is not
         cache.cached_people(*ARGUMENTS)
     return folder
 
@@ -89,7 +90,7 @@ def test_a_second_opening_draws_nothing(root, monkeypatch):
 
 def test_a_changed_renderer_is_another_set(monkeypatch):
     monkeypatch.setattr(cache, "_renderer_digest", lambda: "0" * 12)
-    monkeypatch.setattr(cache, "_write", lambda source, folder, keypoints: pytest.fail(folder.name))
+    monkeypatch.setattr(cache, "_write", lambda source, folder, rows: pytest.fail(folder.name))
     with pytest.raises(pytest.fail.Exception, match=r"people-24px-seed5-10\+3-000000000000"):
         cache.cached_people(*ARGUMENTS)
 
@@ -110,7 +111,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setenv("FAIRHUMAN_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache, "ProcessPoolExecutor", stop)
+    monkeypatch.setattr(cache, "_render", stop)
     with pytest.raises((KeyboardInterrupt, OSError)) as raised:
         cache.cached_people(*ARGUMENTS)
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +124,7 @@ def test_losing_a_race_uses_the_folder_of_the_other_process(root, monkeypatch):
     hidden = root / "hidden"
     finished.rename(hidden)
 
-    def other_process_is_first(source, folder, keypoints):
+    def other_process_is_first(source, folder, rows):
         hidden.rename(folder)
         own = root / "own"
         own.mkdir()

@@ -100,3 +100,32 @@ def test_overlay_tints_regions_only():
     assert overlay({"image": batch["image"]}).height == 128 + 5
     with pytest.raises(ValueError, match="1 captions for 3 images"):
         overlay(batch, ["one"])
+
+
+def test_overlay_tints_objects_and_sets_their_pictures_beside():
+    image = np.full((2, 32, 32, 3), 100, np.uint8)
+    masks, pixels = np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, 3, 8, 8, 3), np.uint8)
+    masks[0, 0, :8], masks[0, 1, 8:16] = 1, 1
+    pixels[0, :2] = np.array([(10, 20, 30), (40, 50, 60)])[:, None, None]
+    sheet = overlay({"image": image, "object_masks": masks, "object_pixels": pixels}, columns=1, tile=32)
+    assert sheet.width == 3 * 32  # the batch has no third object
+    shown = np.asarray(sheet)
+    assert shown[4, 4].tolist() == [170, 55, 55] and shown[12, 4].tolist() == [55, 55, 170]
+    assert shown[20, 4].tolist() == [100, 100, 100]
+    assert shown[16, 48].tolist() == [10, 20, 30] and shown[16, 80].tolist() == [40, 50, 60]
+
+
+def test_a_sheet_of_subjects_through_the_command_line(tmp_path, capsys):
+    from PIL import Image
+
+    from fairhuman_jax.data.people.__main__ import main
+
+    options = ["--count", "2", "--references", "2", "--size", "24", "--tile", "64", "--pairs", "1"]
+    main(["subjects", str(tmp_path / "new" / "sheet.png"), *options])
+    assert "2 scenes of 2 people" in capsys.readouterr().out
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        shown = np.asarray(sheet).astype(int)
+    assert shown.shape[1] == 6 * 64  # scene, masks, two views of two people
+    tinted = shown[:64, 64:128] - shown[:64, :64]
+    assert (tinted[..., 0] - tinted[..., 2] > 40).any() and (tinted[..., 2] - tinted[..., 0] > 40).any()
+    assert all(np.ptp(shown[:64, 64 * k : 64 * k + 64]) > 50 for k in range(2, 6))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SEEN = 0.0015  # share of the image's pixels below which a hand, face or garment counts as unseen
@@ -122,3 +124,24 @@ def caption(spec: dict, seen: Seen) -> str:
         parts.append(word)
     parts.append(f"{spec['background']['colour']} background")
     return ", ".join(parts)
+
+
+def pair_captions(specs: Sequence[dict], seen: Sequence[Seen]) -> tuple[str, ...]:
+    """Ways to say a picture of two people, whose framing and background are the first one's; the first says most."""
+    frame, backdrop = framing_word(specs[0]["camera"]["framing"]), f"{specs[0]['background']['colour']} background"
+    looks = [_person(spec["identity"], s) for spec, s in zip(specs, seen, strict=True)]
+    worn = [_clothes(spec["outfit"], spec["camera"]["framing"], s) for spec, s in zip(specs, seen, strict=True)]
+    plain = [f"a {spec['identity']['sex']}" for spec in specs]
+    dressed = [a + b.replace(" wearing ", " in ", 1) for a, b in zip(plain, worn, strict=True)]
+    whole = " and ".join(a + b for a, b in zip(looks, worn, strict=True))
+    return (
+        f"{_article(frame)} {frame} photo of {whole}, {backdrop}",
+        f"{' and '.join(looks)}, {backdrop}",
+        f"a photo of {' and '.join(dressed)}, {backdrop}",
+        f"{' and '.join(plain)}, {backdrop}",
+    )
+
+
+def noun_ends(caption: str) -> tuple[int, ...]:
+    """Numbers of characters up to the end of each "man" or "woman", from left to right."""
+    return tuple(match.end() for match in re.finditer(r"\b(?:wo)?man\b", caption))

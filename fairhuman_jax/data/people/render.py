@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
@@ -65,20 +67,58 @@ def _body_vertices(pack: PeoplePack) -> np.ndarray:
     return ~pack.part_vertices(HAIR, SKIRT)
 
 
-def _image(
-    fragments: Fragments, colour: np.ndarray, camera: Camera, spec: dict, size: int, supersample: int
-) -> np.ndarray:
-    """Composite shaded pixels over the background, darken contacts, average samples: uint8 [S, S, 3]."""
-    wide = size * supersample
-    picture = background(spec["background"], wide).reshape(-1, 3)
-    depth = np.zeros(wide * wide, dtype=np.float32)
-    depth[fragments.pixel] = fragments.depth
-    shadow = contact(depth.reshape(wide, wide), depth.reshape(wide, wide) > 0, camera.distance, camera.half_height)
-    picture[fragments.pixel] = colour * shadow.ravel()[fragments.pixel, None]
+@dataclass(frozen=True)
+class Drawing:
+    """One person's samples of a picture, a row for each of `fragments`: class `label` [n], whether it is `face` [n],
+    `colour` float32 [n, 3], lit and darkened at contacts; and the `camera` and every named point of the body."""
+
+    fragments: Fragments
+    label: np.ndarray
+    face: np.ndarray
+    colour: np.ndarray
+    camera: Camera
+    points: dict[str, np.ndarray]
+
+
+def draw(pack: PeoplePack, spec: dict, size: int, supersample: int) -> Drawing:
+    """Rasterise, classify, paint and light the person of `spec`, `supersample` squared samples a pixel."""
+    drawn, points, landmarks = assemble(pack, spec)
+    person, camera, wide = spec["identity"], frame(spec["camera"], landmarks), size * supersample
+    pixels, depth = camera.project(drawn.vertices, wide)
+    fragments = rasterise(pixels, depth, drawn.faces, wide, wide)
+    values = interpolate(drawn.attributes, drawn.faces[fragments.triangle], fragments.weights)
+    seen = surface(values, drawn.part[fragments.triangle], person["hairline_shift"], person["hair_style"])
+    label = classify(seen, person["hair_style"])
+    colour, shine = paint(seen, label, spec)
+    colour = shade(colour, seen.normal, shine, camera.rotation, spec["light"])
+    buffer = np.zeros((wide, wide), dtype=np.float32)
+    buffer.ravel()[fragments.pixel] = fragments.depth
+    shadow = contact(buffer, buffer > 0, camera.distance, camera.half_height)
+    return Drawing(
+        fragments, label, is_face(seen, label), colour * shadow.ravel()[fragments.pixel, None], camera, points
+    )
+
+
+def compose(backdrop: dict, drawings: Sequence[Drawing], size: int, supersample: int) -> np.ndarray:
+    """Lay drawings over a spec's `background` entry, the last one in front, and average samples: uint8 [S, S, 3]."""
+    picture = background(backdrop, size * supersample).reshape(-1, 3)
+    for drawing in drawings:
+        picture[drawing.fragments.pixel] = drawing.colour
     samples = picture.reshape(size, supersample, size, supersample * 3)
     rows = reduce(np.add, (samples[:, k] for k in range(supersample)))
     mean = sum(rows[..., 3 * k : 3 * k + 3] for k in range(supersample)) / np.float32(supersample**2)
     return (np.clip(mean, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def part_masks(
+    drawing: Drawing, size: int, supersample: int, hidden: np.ndarray | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Masks as `labels.decide` gives them and class counts int64 [S, S, 9], without the rows `hidden` (bool [n])."""
+    there = np.ones(len(drawing.label), bool) if hidden is None else ~hidden
+    pixel, face = drawing.fragments.pixel[there], drawing.face[there]
+    counts = labels.count_classes(pixel, drawing.label[there], size, supersample)
+    faces = labels.count_classes(pixel[face], np.ones(face.sum(), np.intp), size, supersample)[..., 1]
+    return labels.decide(counts, faces, supersample), counts
 
 
 def _depths(
@@ -103,7 +143,8 @@ def _depths(
     return depth, labels.normalised_hand_depth(depth, masks)
 
 
-def _seen(masks: dict[str, np.ndarray], size: int) -> Seen:
+def shares(masks: dict[str, np.ndarray], size: int) -> Seen:
+    """Shares of the picture that `decide`'s masks of one person cover."""
     share = np.bincount(masks["part_map"].ravel(), minlength=labels.CLASSES) / (size * size)
     return Seen(
         left_hand=float(share[HAND_LEFT]),
@@ -128,23 +169,11 @@ def render(pack: PeoplePack, spec: dict, size: int, supersample: int = 2) -> dic
     person's. `supersample` squared samples a pixel."""
     if size < 8 or supersample < 1:
         raise ValueError(f"render: size {size} and supersample {supersample} must be at least 8 and 1")
-    drawn, points, landmarks = assemble(pack, spec)
-    person = spec["identity"]
-    camera = frame(spec["camera"], landmarks)
-    wide = size * supersample
-    pixels, depth = camera.project(drawn.vertices, wide)
-    fragments = rasterise(pixels, depth, drawn.faces, wide, wide)
-    values = interpolate(drawn.attributes, drawn.faces[fragments.triangle], fragments.weights)
-    seen = surface(values, drawn.part[fragments.triangle], person["hairline_shift"], person["hair_style"])
-    label = classify(seen, person["hair_style"])
-    colour, shine = paint(seen, label, spec)
-    colour = shade(colour, seen.normal, shine, camera.rotation, spec["light"])
-    counts = labels.count_classes(fragments.pixel, label, size, supersample)
-    face_pixels = fragments.pixel[is_face(seen, label)]
-    faces = labels.count_classes(face_pixels, np.ones(len(face_pixels), np.intp), size, supersample)[..., 1]
-    masks = labels.decide(counts, faces, supersample)
-    depths, hand_depth = _depths(fragments, label, masks, counts.sum(axis=-1), size, supersample)
-    keypoints = labels.key_points(lambda p: camera.project(p, size), points, depths[..., 0])
+    drawing = draw(pack, spec, size, supersample)
+    masks, counts = part_masks(drawing, size, supersample)
+    camera, covered = drawing.camera, counts.sum(axis=-1)
+    depths, hand_depth = _depths(drawing.fragments, drawing.label, masks, covered, size, supersample)
+    keypoints = labels.key_points(lambda p: camera.project(p, size), drawing.points, depths[..., 0])
     names = {
         "person": "person_mask",
         "face": "face_mask",
@@ -152,13 +181,13 @@ def render(pack: PeoplePack, spec: dict, size: int, supersample: int = 2) -> dic
         "hand_right": "hand_mask_right",
     }
     return {
-        "image": _image(fragments, colour, camera, spec, size, supersample),
-        "caption": caption(spec, _seen(masks, size)),
+        "image": compose(spec["background"], [drawing], size, supersample),
+        "caption": caption(spec, shares(masks, size)),
         **masks,
         "depth": depths,
         "hand_depth": hand_depth,
         "keypoints": keypoints,
         "boxes": {name: labels.box(masks[mask]) for name, mask in names.items()},
         "identity_hash": spec["identity_hash"],
-        "identity": identity_vector(person),
+        "identity": identity_vector(spec["identity"]),
     }
