@@ -44,7 +44,7 @@ def ours(config: dict[str, Any], given: dict[str, np.ndarray], dtype: str, atten
     """A call of this package's network, compiled as `sample.py` compiles it."""
     from fairhuman_jax.doors.common import choose_cpu_kernels
 
-    choose_cpu_kernels()
+    choose_cpu_kernels(dtype)
     import jax
     import jax.numpy as jnp
 

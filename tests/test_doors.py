@@ -348,13 +348,16 @@ def test_every_core_becomes_a_device(flags, batch, expected):
     assert int(done.stdout.split()[-1]) == expected
 
 
+DOTS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+
+
 @pytest.mark.parametrize(
-    ("flags", "own"), [("", True), ("--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT", False)]
+    ("flags", "dtype", "own"), [("", "float32", True), ("", "bfloat16", False), (DOTS, "float32", False)]
 )
-def test_products_are_not_left_to_the_slower_library(flags, own):
+def test_products_are_left_to_the_library_in_bfloat16_alone(flags, dtype, own):
     code = (
         "from fairhuman_jax.doors.common import choose_cpu_kernels as choose\n"
-        "choose()\n"
+        f"choose({dtype!r})\n"
         "import jax, jax.numpy as jnp\n"
         "print('ynn' not in jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile().as_text())"
     )

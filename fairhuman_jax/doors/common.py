@@ -15,6 +15,7 @@ from fairhuman_jax.config import ConfigError
 
 USER_ERRORS = (ConfigError, FileNotFoundError, ValueError, OSError)
 YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+YNNPACK_BFLOAT16 = ",".join(f"LIBRARY_FUSION_TYPE_{part}" for part in ("INDIVIDUAL_DOT", "DOT", "REDUCE"))
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -34,15 +35,16 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(user_cache_dir("fairhuman_jax")) / "xla"))
 
 
-def choose_cpu_kernels() -> None:
-    """On CPUs XLA's own convolutions and products, which jax 0.10 leaves to YNNPACK; before anything uses a device.
+def choose_cpu_kernels(dtype: str = "float32") -> None:
+    """What jax 0.10 leaves to YNNPACK on CPUs, by the dtype of the computation; before anything uses a device.
 
-    They are faster at the sizes of a UNet (docs/benchmarks.md). An XLA_FLAGS that sets the option is obeyed; other
+    XLA's own convolutions and products are faster at the sizes of a UNet (docs/benchmarks.md), except in bfloat16, for
+    whose products it has no fast code (`models/products.py`). An XLA_FLAGS that sets the option is obeyed; other
     versions of jaxlib are left alone, since one that does not know it would end the process.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if YNNPACK not in flags and version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}=".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}={YNNPACK_BFLOAT16 if dtype == 'bfloat16' else ''}".strip()
 
 
 def make_every_core_a_device(batch_size: int) -> None:

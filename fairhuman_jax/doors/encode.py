@@ -27,10 +27,10 @@ def encode_door(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shard-megabytes", type=int, default=SHARD_BYTES >> 20, help="size of a shard (default 512)")
     add_debug(parser)
     options = parser.parse_args(arguments)
-    choose_cpu_kernels()
     keep_compiled_programs()
     try:
         config = load_config(options.config, options.set)
+        choose_cpu_kernels(config.system.dtype)
         system = config.system.build()
         _, params = system.init(jax.random.key(config.train.seed))
         size = options.shard_megabytes << 20

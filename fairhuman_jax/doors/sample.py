@@ -50,7 +50,7 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
         if not options.prompts:
             raise ValueError("nothing to draw: give a prompt, or --prompts FILE")
         keep_compiled_programs()
-        choose_cpu_kernels()
+        choose_cpu_kernels(options.dtype)
         written = _sample(options)
     except USER_ERRORS as error:
         refuse(parser, error, options.debug)

@@ -54,7 +54,8 @@ def attention_columns(query: jax.Array, key: jax.Array, positions: jax.Array) ->
     query [B, Lq, H, D], key [B, Lk, H, D], positions int [B, N] in 0 .. Lk - 1 -> float32 [B, H, Lq, N]. The softmax is
     over all keys. A position beyond them gives NaN.
     """
-    return jnp.take_along_axis(_weights(query, key), positions[:, None, None, :], axis=-1)
+    weights = jax.nn.softmax(_scores(query, key) * query.shape[-1] ** -0.5, axis=-1)
+    return jnp.take_along_axis(weights, positions[:, None, None, :], axis=-1)
 
 
 def fitting(query: jax.Array, key: jax.Array, causal: bool, platform: str, capability: str, whole: bool) -> str:
@@ -97,18 +98,17 @@ def _splash_fits(query: jax.Array, key: jax.Array, causal: bool) -> bool:
 
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
-    weights = _weights(query, key, causal).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-def _weights(query: jax.Array, key: jax.Array, causal: bool = False) -> jax.Array:
-    """`softmax(q k^T / sqrt(head_dim))`, float32 [B, H, Lq, Lk]."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
+    scores = _scores(query, key)
     if causal:
-        allowed = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1)
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, jnp.finfo(jnp.float32).min)
+    weights = _weights(scores, query.shape[-1])
+    sums = jnp.einsum("bhqk,bkhd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (sums / weights.sum(axis=-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """`q k^T`, float32 [B, H, Lq, Lk]."""
+    return jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
 
 
 def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
@@ -122,16 +122,27 @@ def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool
 
         def one_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
             rows, place = block
-            scores = jnp.dot(rows, keys.T, preferred_element_type=jnp.float32) * width**-0.5
+            scores = jnp.dot(rows, keys, preferred_element_type=jnp.float32)
             if causal:
                 scores = jnp.where(allowed_from <= place[:, None], scores, jnp.finfo(jnp.float32).min)
-            return jnp.dot(jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
+            weights = _weights(scores, width).astype(values.dtype)
+            sums = jnp.dot(weights, values, preferred_element_type=jnp.float32)
+            return (sums[:, :-1] / sums[:, -1:]).astype(values.dtype)
 
         return jax.lax.map(one_block, (queries.reshape(*places.shape, width), places)).reshape(-1, width)
 
-    by_head = (x.swapaxes(1, 2).reshape(batch * heads, -1, width) for x in (padded, key, value))
-    result = jax.lax.map(one_head, tuple(by_head))
+    def by_head(x: jax.Array) -> jax.Array:
+        return x.swapaxes(1, 2).reshape(batch * heads, -1, x.shape[-1])
+
+    # A last column of ones has the product sum the weights as well, which saves a pass over them.
+    summed = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
+    result = jax.lax.map(one_head, (by_head(padded), by_head(key).swapaxes(1, 2), by_head(summed)))
     return result.reshape(batch, heads, -1, width)[:, :, :length].swapaxes(1, 2)
+
+
+def _weights(scores: jax.Array, width: int) -> jax.Array:
+    """Softmax of `scores / sqrt(width)` before its division by the sum, which costs less after the next product."""
+    return jnp.exp((scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))) * width**-0.5)
 
 
 def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fairhuman_jax.models.products import convolution, product
+
 Dtype = jnp.dtype | type
 
 
@@ -30,10 +32,10 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = product(x, kernel.astype(self.dtype))
         if self.has_variable("lora", "down"):
             down, up = (_lora(self, name).astype(self.dtype) for name in ("down", "up"))
-            y = y + (x @ down) @ up
+            y = y + product(product(x, down), up)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
             y = y + bias.astype(self.dtype)
@@ -61,7 +63,7 @@ class Conv(nn.Module):
         x = x.astype(self.dtype)
         y = self._convolve(x, kernel)
         if self.has_variable("lora", "down"):
-            y = y + self._convolve(x, _lora(self, "down")) @ _lora(self, "up").astype(self.dtype)
+            y = y + product(self._convolve(x, _lora(self, "down")), _lora(self, "up").astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
             y = y + bias.astype(self.dtype)
@@ -71,13 +73,7 @@ class Conv(nn.Module):
         padding = self.padding
         if isinstance(padding, int):
             padding = ((padding, padding), (padding, padding))
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(self.dtype),
-            window_strides=(self.strides, self.strides),
-            padding=padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return convolution(x, kernel.astype(self.dtype), self.strides, padding)
 
 
 def _lora(module: nn.Module, name: str) -> jax.Array:

@@ -1,0 +1,85 @@
+"""Products and convolutions of the layers; on CPUs in bfloat16 in the one form that has fast code there.
+
+XLA's CPU backend (jax 0.10) converts the operands of a bfloat16 product or convolution to float32, unless it is a
+product with a float32 result: that goes to YNNPACK, which uses the processor's bfloat16 instructions. So a product is
+summed in float32 and then rounded, and a convolution is made a product. Other dtypes and platforms are left alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from fairhuman_jax.models.attention import target
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+FEW_CHANNELS = 64  # in or out, below which a convolution is no faster as a product
+PATCHES_BYTES = 2**28  # of the copies of the input, beyond which they cost more memory than they are worth
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x kernel`: [..., K] and [K, N] of one dtype -> [..., N] of that dtype."""
+    if not _is_widened(x):
+        return x @ kernel
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def convolution(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> jax.Array:
+    """2-D convolution: `x` [B, H, W, C] and `kernel` [h, w, C, F] of one dtype -> [B, H', W', F] of that dtype.
+
+    `padding` is ((top, bottom), (left, right)). Pulled back it is XLA's own convolution in every dtype, so that the
+    copies of the input which the forward pass makes are not kept.
+    """
+    if _is_widened(x) and min(kernel.shape[2:]) >= FEW_CHANNELS:
+        rows, columns = _size(x, kernel, strides, padding)
+        patches = x.shape[0] * rows * columns * (kernel.size // kernel.shape[-1]) * x.dtype.itemsize
+        if patches <= PATCHES_BYTES:
+            return _by_patches(x, kernel, strides, padding)
+    return _whole(x, kernel, strides, padding)
+
+
+def _is_widened(x: jax.Array) -> bool:
+    return x.dtype == jnp.bfloat16 and target()[0] == "cpu"
+
+
+def _size(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> tuple[int, int]:
+    """Rows and columns of the result."""
+    rows, columns = (
+        (length + sum(added) - width) // strides + 1
+        for length, added, width in zip(x.shape[1:3], padding, kernel.shape[:2], strict=True)
+    )
+    return rows, columns
+
+
+def _whole(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> jax.Array:
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=dimensions)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _by_patches(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> jax.Array:
+    """What the kernel sees at each pixel, [B, H', W', h w C], times the kernel."""
+    height, width, _, features = kernel.shape
+    rows, columns = ((length - 1) * strides + 1 for length in _size(x, kernel, strides, padding))
+    # As integers, because copies of bfloat16 would go through float32 as well.
+    bits = jnp.pad(jax.lax.bitcast_convert_type(x, jnp.uint16), ((0, 0), *padding, (0, 0)))
+    views = [bits[:, i : i + rows : strides, j : j + columns : strides] for i in range(height) for j in range(width)]
+    patches = jax.lax.bitcast_convert_type(jnp.concatenate(views, axis=-1), x.dtype)
+    return product(patches, kernel.reshape(-1, features))
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, strides: int, padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _by_patches(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(
+    strides: int, padding: Padding, kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(lambda x, kernel: _whole(x, kernel, strides, padding), *kept)[1](cotangent)
+
+
+_by_patches.defvjp(_forward, _backward)
