@@ -19,10 +19,11 @@ from fairhuman_jax.diffusion.samplers import (
 from fairhuman_jax.diffusion.schedule import NoiseSchedule, add_noise, sample_timesteps, sigma, snr, timesteps
 from fairhuman_jax.diffusion.single_step import ddim, ddim_humansd, ddpm, euler, euler_ancestral
 from fairhuman_jax.diffusion.snf import snf_fuse, snf_saliency
-from fairhuman_jax.diffusion.staged import FusionMaps, delayed_sample, stage_steps, staged_sample
+from fairhuman_jax.diffusion.staged import BASELINES, FusionMaps, delayed_sample, stage_steps, staged_sample
 from fairhuman_jax.diffusion.step_rule import StepRule
 
 __all__ = [
+    "BASELINES",
     "RULES",
     "FusionMaps",
     "NoiseSchedule",

@@ -40,7 +40,7 @@ def read_pictures(options: argparse.Namespace, system: LatentDiffusion) -> Pictu
     conditions = [read_image(path) for path in options.condition]
     drawn = read_image(options.pose) if options.pose and options.pose.suffix.lower() not in KEY_POINTS else None
     given = [picture.shape[:2] for picture in (image, *conditions, drawn) if picture is not None]
-    size = _checked_size(options.size, given[0] if given else None, system)
+    size = checked_size(options.size, given[0] if given else None, system)
     mask = None
     if options.mask and image is not None:
         mask = read_mask(options.mask)
@@ -86,7 +86,7 @@ def _fitted(pixels: np.ndarray, size: Size, method: Image.Resampling = Image.Res
     return np.asarray(ImageOps.fit(Image.fromarray(pixels), (size[1], size[0]), method))
 
 
-def _checked_size(asked: Size | None, given: Size | None, system: LatentDiffusion) -> Size:
+def checked_size(asked: Size | None, given: Size | None, system: LatentDiffusion) -> Size:
     """The asked size, that of the picture to draw from, or the base's own."""
     unet, factor = system.pipeline.unet, system.pipeline.vae.downscale
     if asked is not None:

@@ -54,8 +54,7 @@ def attention_columns(query: jax.Array, key: jax.Array, positions: jax.Array) ->
     query [B, Lq, H, D], key [B, Lk, H, D], positions int [B, N] in 0 .. Lk - 1 -> float32 [B, H, Lq, N]. The softmax is
     over all keys. A position beyond them gives NaN.
     """
-    weights = jax.nn.softmax(_scores(query, key) * query.shape[-1] ** -0.5, axis=-1)
-    return jnp.take_along_axis(weights, positions[:, None, None, :], axis=-1)
+    return jnp.take_along_axis(_softmax(query, key), positions[:, None, None, :], axis=-1)
 
 
 def fitting(query: jax.Array, key: jax.Array, causal: bool, platform: str, capability: str, whole: bool) -> str:
@@ -98,17 +97,19 @@ def _splash_fits(query: jax.Array, key: jax.Array, causal: bool) -> bool:
 
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
-    scores = _scores(query, key)
+    weights = _softmax(query, key, causal).astype(value.dtype)
+    summed_in = jnp.float32 if target()[0] == "cpu" else value.dtype  # as in models/products.py
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, preferred_element_type=summed_in).astype(value.dtype)
+
+
+def _softmax(query: jax.Array, key: jax.Array, causal: bool = False) -> jax.Array:
+    """`softmax(q k^T / sqrt(head_dim))`, float32 [B, H, Lq, Lk]."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
     if causal:
-        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, jnp.finfo(jnp.float32).min)
-    weights = _weights(scores, query.shape[-1])
-    sums = jnp.einsum("bhqk,bkhd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (sums / weights.sum(axis=-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
-
-
-def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
-    """`q k^T`, float32 [B, H, Lq, Lk]."""
-    return jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        allowed = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:

@@ -21,7 +21,7 @@ from fairhuman_jax.losses import denoising_loss, heatmap_mask, heatmap_weight, h
 from fairhuman_jax.models import HigherHRNet, stage_mean
 from fairhuman_jax.systems.contract import Batch, PreviewConfig, check_fixed, sample_keys
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
-from fairhuman_jax.systems.pipelines import open_pipeline
+from fairhuman_jax.systems.pipelines import computing_in, open_pipeline
 from fairhuman_jax.systems.sampling import check_pose_latent
 from fairhuman_jax.weights import Pipeline, save_pipeline
 from fairhuman_jax.weights.mmpose import load_pose_network
@@ -253,22 +253,8 @@ def with_pose_channels(pipeline: Pipeline) -> Pipeline:
     return dataclasses.replace(pipeline, unet=wide, params=pipeline.params | {"unet": params})
 
 
-def computing_in(pipeline: Pipeline, dtype: jnp.dtype) -> Pipeline:
-    """The pipeline with denoiser and text encoders computing in `dtype`, the latter's parameters in it too."""
-    params = dict(pipeline.params)
-    for name in pipeline.text_encoder_names:
-        params[name] = jax.tree.map(lambda leaf: _cast(leaf, dtype), params[name])
-    encoders = tuple(encoder.clone(dtype=dtype) for encoder in pipeline.text_encoders)
-    unet = pipeline.unet.clone(dtype=dtype)
-    return dataclasses.replace(pipeline, unet=unet, text_encoders=encoders, params=params)
-
-
 def _widened(kernel: Any, more: int) -> Any:
     def pad(kernel: jax.Array) -> jax.Array:
         return jnp.pad(kernel, ((0, 0), (0, 0), (0, more), (0, 0)))
 
     return jax.eval_shape(pad, kernel) if isinstance(kernel, jax.ShapeDtypeStruct) else pad(kernel)
-
-
-def _cast(leaf: Any, dtype: jnp.dtype) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)

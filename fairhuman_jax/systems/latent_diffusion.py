@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ from fairhuman_jax.weights import Pipeline, count_chunks, tokenize, tokenize_chu
 PyTree = Any
 Params = dict[str, PyTree]
 TILE_ABOVE = 128  # latents a side; larger ones are decoded in tiles
+
+
+class Noised(NamedTuple):
+    """Noisy latents, what the network should answer to them [B, h, w, c], and their timesteps [B]."""
+
+    latents: jax.Array
+    target: jax.Array
+    timesteps: jax.Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,24 +191,13 @@ class LatentDiffusion:
         collections = _variables(params, lora, "unet")
         return unet.apply(collections, latents, timesteps, hidden, added, down, mid, features).astype(jnp.float32)
 
-    def noisy_prediction(
-        self,
-        params: Params,
-        batch: Batch,
-        key: jax.Array,
-        lora: Params | None = None,
-        *,
-        timestep_mode: str = "uniform",
-        noise_offset: float = 0.0,
-        conditions: Sequence[jax.Array] = (),
-        extra: jax.Array | None = None,
-    ) -> tuple[dict[str, jax.Array], jax.Array]:
-        """({"output", "target"} [B, h, w, c], timesteps [B]) for one draw of time and noise a sample.
+    def noised(
+        self, params: Params, batch: Batch, key: jax.Array, *, timestep_mode: str = "uniform", noise_offset: float = 0.0
+    ) -> Noised:
+        """The batch's latents under one draw of time and noise a sample, without gradient.
 
         `batch["times"]` in [0, 1), where present, replaces the drawn times (held-out losses at fixed times).
-        `noise_offset` adds that much of one normal number per sample and channel to the noise. `conditions`: one
-        picture [B, H, W, 3] in [0, 1] a ControlNet, then one a T2I-Adapter, all at full strength. `extra` [B, h, w, k]:
-        channels that the denoiser reads after the noisy latents.
+        `noise_offset` adds that much of one normal number per sample and channel to the noise.
         """
         schedule = self.pipeline.schedule
         keys = jax.vmap(lambda k: jax.random.split(k, 4))(sample_keys(key, batch))
@@ -214,7 +211,28 @@ class LatentDiffusion:
             timesteps = jnp.floor(batch["times"] * steps).astype(jnp.int32)
         else:
             timesteps = jax.vmap(lambda k: sample_timesteps(k, (), steps, timestep_mode))(keys[:, 3])
-        nets, ones = len(self.controlnets), jnp.ones(timesteps.shape, jnp.float32)
+        noisy = add_noise(schedule, clean, noise, timesteps)
+        return Noised(noisy, target(schedule, clean, noise, timesteps), timesteps)
+
+    def noisy_prediction(
+        self,
+        params: Params,
+        batch: Batch,
+        key: jax.Array,
+        lora: Params | None = None,
+        *,
+        timestep_mode: str = "uniform",
+        noise_offset: float = 0.0,
+        conditions: Sequence[jax.Array] = (),
+        extra: jax.Array | None = None,
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """({"output", "target"} [B, h, w, c], timesteps [B]) for one draw of time and noise a sample (`noised`).
+
+        `conditions`: one picture [B, H, W, 3] in [0, 1] a ControlNet, then one a T2I-Adapter, all at full strength.
+        `extra` [B, h, w, k]: channels that the denoiser reads after the noisy latents.
+        """
+        noised = self.noised(params, batch, key, timestep_mode=timestep_mode, noise_offset=noise_offset)
+        nets, ones = len(self.controlnets), jnp.ones(noised.timesteps.shape, jnp.float32)
         given = Conditioning(
             *self.text_states(params, batch, lora),
             time_ids=batch.get("time_ids"),
@@ -223,9 +241,8 @@ class LatentDiffusion:
             scales=(ones,) * nets,
             features=self.adapter_features(params, conditions[nets:], (jnp.float32(1.0),) * len(self.adapters)),
         )
-        noisy = add_noise(schedule, clean, noise, timesteps)
-        output = self.denoise(params, noisy, timesteps, given, lora)
-        return {"output": output, "target": target(schedule, clean, noise, timesteps)}, timesteps
+        output = self.denoise(params, noised.latents, noised.timesteps, given, lora)
+        return {"output": output, "target": noised.target}, noised.timesteps
 
     def sample_images(
         self, params: Params, request: SampleRequest, key: jax.Array, lora: Params | None = None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from fairhuman_jax.models import ControlNet, T2IAdapter
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, numbered
-from fairhuman_jax.weights import Pipeline, load_model, load_pipeline
+from fairhuman_jax.systems.staged import SCENE, FaceDiffuser
+from fairhuman_jax.weights import Pipeline, load_model, load_pipeline, load_subject_model
 from fairhuman_jax.weights.shapes import pipeline_shapes
 
 PyTree = Any
@@ -57,6 +62,46 @@ def open_system(
     return system, params
 
 
+def computing_in(pipeline: Pipeline, dtype: jnp.dtype) -> Pipeline:
+    """The pipeline with denoiser and text encoders computing in `dtype`, the latter's parameters in it too."""
+    params = dict(pipeline.params)
+    for name in pipeline.text_encoder_names:
+        params[name] = jax.tree.map(lambda leaf: _cast(leaf, dtype), params[name])
+    encoders = tuple(encoder.clone(dtype=dtype) for encoder in pipeline.text_encoders)
+    unet = pipeline.unet.clone(dtype=dtype)
+    return dataclasses.replace(pipeline, unet=unet, text_encoders=encoders, params=params)
+
+
+def open_staged(
+    base: str, scene: str | None = None, *, dtype: str = "float32", slots: int = 4, **options: Any
+) -> tuple[FaceDiffuser, dict[str, PyTree]]:
+    """A subject model and, unless it draws alone, the scene model to draw with it, with all parameters by network.
+
+    base: what `load_subject_model` reads; scene: a pipeline of the same network, whose autoencoder and text encoder are
+    not kept. `options` go to both (attention). Errors: those of loading; networks or text encoders that differ.
+    """
+    pipeline, encoder, postfuse, params = load_subject_model(base, dtype=dtype, **options)
+    params = dict(params)
+    if scene is not None:
+        other = open_pipeline(scene, dtype=dtype, **options)
+        if other.unet.to_config() != pipeline.unet.to_config():
+            raise ValueError(f"{scene}: its denoiser has another config than that of the subject model {base}")
+        if not _agree(other.params["text_encoder"], params["text_encoder"]):
+            raise ValueError(
+                f"{scene}: its text encoder is not that of the subject model {base}, which both are to be told by"
+            )
+        params[SCENE] = other.params["unet"]
+    return FaceDiffuser(pipeline, image_encoder=encoder, postfuse=postfuse, slots=slots), params
+
+
+def _agree(first: PyTree, second: PyTree) -> bool:
+    """Whether two trees are one up to rounding to bfloat16, as published text encoders are."""
+    if jax.tree.structure(first) != jax.tree.structure(second):
+        return False
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(a.shape == b.shape and bool(jnp.allclose(a, b, rtol=2**-7, atol=1e-5)) for a, b in pairs)
+
+
 def _check_fit(path: str, net: ControlNet | T2IAdapter, pipeline: Pipeline) -> None:
     """Refuses what was made for another base."""
     unet = pipeline.unet
@@ -68,3 +113,7 @@ def _check_fit(path: str, net: ControlNet | T2IAdapter, pipeline: Pipeline) -> N
         what = "makes features of widths"
     if ours != theirs:
         raise ValueError(f"{path} {what} {theirs}, but the base has {ours}: it was made for another base")
+
+
+def _cast(leaf: Any, dtype: jnp.dtype) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)

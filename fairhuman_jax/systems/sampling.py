@@ -91,11 +91,8 @@ def draw_latents(
     """The scaled latents [N, h, w, c] that `draw` decodes."""
     schedule, steps = system.pipeline.schedule, request.steps
     rule = rule_named(request.scheduler) if request.scheduler else rule_of(schedule)
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.fold_in(key, seed), 4))(request.seeds)
-    shape = system.latent_shape(request.height, request.width)
-    unit = request.latents
-    if unit is None:
-        unit = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
+    keys = seed_keys(key, request.seeds)
+    unit = unit_latents(system, request, keys)
     start, first, mask, after_step = None, unit, None, None
     if request.image is not None:
         known = system.encode_posterior(params, request.image, _posterior_noise(system, request, keys, 0))
@@ -108,7 +105,7 @@ def draw_latents(
             mask = request.mask[:, ::factor, ::factor].astype(jnp.float32)
             if not system.pipeline.inpaints:
                 after_step = keep_known(known, unit, mask, schedule, steps, rule)
-    conditional, unconditional = _conditionings(system, params, request, keys, mask, lora)
+    conditional, unconditional = conditionings(system, params, request, keys, mask, lora)
 
     def predict(x: jax.Array, times: jax.Array, conditioning: Conditioning = conditional) -> jax.Array:
         return system.denoise(params, x, times, conditioning, lora)
@@ -120,6 +117,19 @@ def draw_latents(
     return sample(
         denoiser, first, keys[:, 3], schedule, steps, rule, noise=request.noise, start=start, after_step=after_step
     )
+
+
+def seed_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
+    """Four keys a picture [N, 4]: for its starting noise, two posteriors and the steps; each by its seed alone."""
+    return jax.vmap(lambda seed: jax.random.split(jax.random.fold_in(key, seed), 4))(seeds)
+
+
+def unit_latents(system: LatentDiffusion, request: SampleRequest, keys: jax.Array) -> jax.Array:
+    """The unit noise [N, h, w, c] that a request starts from: its own, or drawn with the `seed_keys`."""
+    if request.latents is not None:
+        return request.latents
+    shape = system.latent_shape(request.height, request.width)
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
 
 
 def _extra_channels(
@@ -146,13 +156,13 @@ def _posterior_noise(system: LatentDiffusion, request: SampleRequest, keys: jax.
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 1 + which])
 
 
-def _conditionings(
+def conditionings(
     system: LatentDiffusion,
     params: Params,
     request: SampleRequest,
     keys: jax.Array,
-    mask: jax.Array | None,
-    lora: Params | None,
+    mask: jax.Array | None = None,
+    lora: Params | None = None,
 ) -> tuple[Conditioning, Conditioning]:
     """What the denoiser is told with the prompt and without it; only text and SDXL's numbers differ."""
     count, nets = request.seeds.shape[0], len(system.controlnets)

@@ -8,6 +8,7 @@ from typing import Literal
 from fairhuman_jax.data.subject_transforms import SubjectConfig
 from fairhuman_jax.systems.autoencoder import AutoencoderConfig
 from fairhuman_jax.systems.contract import PreviewConfig
+from fairhuman_jax.systems.facediffuser import SceneModelConfig, SubjectModelConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.systems.humansd import HumanSDConfig
 from fairhuman_jax.systems.pose_network import PoseNetworkConfig
@@ -86,7 +87,15 @@ class TrainConfig:
 class RunConfig:
     """One experiment."""
 
-    system: FairHumanConfig | HumanSDConfig | TextToImageConfig | AutoencoderConfig | PoseNetworkConfig
+    system: (
+        FairHumanConfig
+        | HumanSDConfig
+        | SubjectModelConfig
+        | SceneModelConfig
+        | TextToImageConfig
+        | AutoencoderConfig
+        | PoseNetworkConfig
+    )
     output: str
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

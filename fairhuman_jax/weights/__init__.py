@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fairhuman_jax.weights.diffusers import expected_params, load_model, params_from, save_model
-from fairhuman_jax.weights.facediffuser import SubjectModel, load_subject_model, save_flat_file, save_subject_model
+from fairhuman_jax.weights.facediffuser import SubjectPipeline, load_subject_model, save_flat_file, save_subject_model
 from fairhuman_jax.weights.ldm import load_component, load_single_file, open_single_file, save_single_file
 from fairhuman_jax.weights.lora import load_lora, load_loras, save_lora
 from fairhuman_jax.weights.mmpose import load_mmpose, load_pose_network
@@ -25,7 +25,7 @@ from fairhuman_jax.weights.tokenizers import (
 __all__ = [
     "MARKER",
     "Pipeline",
-    "SubjectModel",
+    "SubjectPipeline",
     "SubjectTokens",
     "Tensors",
     "build_small_clip_tokenizer",

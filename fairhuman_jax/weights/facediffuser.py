@@ -43,7 +43,7 @@ PARTS: dict[str, type] = {"image_encoder": CLIPVision, "postfuse": Postfuse}
 EXPECTED = f"expected the {FLAT_FILE} of FastComposer or of Face-diffuser's SDM, or a folder of save_subject_model"
 
 
-class SubjectModel(NamedTuple):
+class SubjectPipeline(NamedTuple):
     """A Stable Diffusion with what it reads subjects by; `params` of all its networks by name: those of
     `pipeline.params`, `image_encoder` and `postfuse`. What is written is `params`.
     """
@@ -62,7 +62,7 @@ def load_subject_model(
     host: bool = False,
     sharding: Placement = None,
     **runtime: Any,
-) -> SubjectModel:
+) -> SubjectPipeline:
     """The subject model in a file of FastComposer or of Face-diffuser, in the folder of one, or in one of our own.
 
     path: `pytorch_model.bin` or what `save_flat_file` wrote; a folder with the former; a folder of
@@ -88,12 +88,12 @@ def load_subject_model(
         if not isinstance(module, PARTS[name]):
             raise ValueError(f"{path}: its {name} is a {type(module).__name__}, not a {PARTS[name].__name__}")
     modules: Any = {name: module for name, (module, _) in parts.items()}
-    model = SubjectModel(pipeline, **modules, params=pipeline.params | {name: p for name, (_, p) in parts.items()})
+    model = SubjectPipeline(pipeline, **modules, params=pipeline.params | {name: p for name, (_, p) in parts.items()})
     _check_widths(model, str(path))
     return model
 
 
-def save_subject_model(model: SubjectModel, folder: str | Path, dtype: jnp.dtype | str | None = None) -> None:
+def save_subject_model(model: SubjectPipeline, folder: str | Path, dtype: jnp.dtype | str | None = None) -> None:
     """Write a diffusers folder of the pipeline, with two more in it: `image_encoder`, of transformers, and `postfuse`.
 
     diffusers loads it as the Stable Diffusion it is, `load_subject_model` whole. dtype as in `save_model`.
@@ -104,7 +104,7 @@ def save_subject_model(model: SubjectModel, folder: str | Path, dtype: jnp.dtype
     save_pipeline(dataclasses.replace(model.pipeline, params=model.params), folder, dtype)
 
 
-def save_flat_file(model: SubjectModel | Pipeline, path: str | Path, dtype: jnp.dtype | str | None = None) -> Path:
+def save_flat_file(model: SubjectPipeline | Pipeline, path: str | Path, dtype: jnp.dtype | str | None = None) -> Path:
     """Write a subject model, or a pipeline as Face-diffuser's scene model, as one .safetensors file; returns its path.
 
     Tensors have the names and shapes that FastComposer's and Face-diffuser's own code loads strictly: old names of the
@@ -115,11 +115,11 @@ def save_flat_file(model: SubjectModel | Pipeline, path: str | Path, dtype: jnp.
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a flat file is written as .safetensors")
-    pipeline = model.pipeline if isinstance(model, SubjectModel) else model
+    pipeline = model.pipeline if isinstance(model, SubjectPipeline) else model
     modules = networks(pipeline)
     if "text_encoder_2" in modules:
         raise ValueError(f"{path}: FastComposer's naming has one text encoder, that of Stable Diffusion 1")
-    if isinstance(model, SubjectModel):
+    if isinstance(model, SubjectPipeline):
         modules |= {name: getattr(model, name) for name in PARTS}
     owners: dict[str, View] = {}
     for name in modules:
@@ -159,7 +159,7 @@ def _position_ids(modules: dict[str, Any]) -> dict[str, np.ndarray]:
     return {f"{name}.position_ids": np.arange(length)[None] for name, length in lengths.items()}
 
 
-def _check_widths(model: SubjectModel, label: str) -> None:
+def _check_widths(model: SubjectPipeline, label: str) -> None:
     """Text states, embeddings of subjects and their fusion are of one width."""
     text = [encoder.config["hidden_size"] for encoder in model.pipeline.text_encoders]
     image = model.image_encoder.config["projection_dim"] if model.image_encoder.with_projection else None

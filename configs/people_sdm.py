@@ -1,0 +1,53 @@
+"""Face-diffuser's subject model on the shipped people model: pictures of drawn people become part of the text.
+
+python train.py configs/people_sdm.py
+
+Minutes on a CPU, no download. A person's pictures show others of the same body, face and hair than the scene does, in
+other clothes, poses and light.
+"""
+
+from __future__ import annotations
+
+from fairhuman_jax.data.subject_transforms import SubjectConfig
+from fairhuman_jax.systems.contract import PreviewConfig
+from fairhuman_jax.systems.facediffuser import SubjectModelConfig
+from fairhuman_jax.training.combining import FairConfig
+from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.training.state import OptimizerConfig
+
+SIDE = 48
+IMAGE_ENCODER = {
+    "architectures": ["CLIPVisionModelWithProjection"],
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": 8,
+    "projection_dim": 192,
+}
+PEOPLE = SubjectConfig(max_objects=2, object_resolution=SIDE, identities=768, references=4, pairs=0.25)
+PROMPTS = (
+    "a photo of a woman <|image|> wearing a red t-shirt, white background",
+    "a photo of a man <|image|> wearing a green sweater, dark background",
+    "a photo of a man <|image|> and a woman <|image|>",
+    "a photo of a woman <|image|> and a woman <|image|>",
+)
+
+
+def config() -> RunConfig:
+    """All of a small image encoder trains, from scratch; denoising and localization are summed."""
+    return RunConfig(
+        system=SubjectModelConfig(base="people", image_encoder=IMAGE_ENCODER, image_layers=0, max_objects=2),
+        output="runs/people_sdm",
+        data=DataConfig(length=3_072, held_out=128, resolution=64, seed=3, subjects=PEOPLE),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4,
+            schedule="cosine",
+            warmup_steps=20,
+            rate_scales=(("image_encoder", 3.0), ("postfuse", 3.0)),
+        ),
+        fair=FairConfig(method="sum"),
+        train=TrainConfig(steps=600, batch_size=16, ema_decay=0.98, checkpoint_every=100),
+        preview=PreviewConfig(prompts=PROMPTS, steps=30, guidance=3.0),
+    )

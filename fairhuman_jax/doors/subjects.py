@@ -1,0 +1,148 @@
+"""The part of `sample.py` that draws people from reference pictures: Face-diffuser and FastComposer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from fairhuman_jax.data.folder import read_image
+from fairhuman_jax.data.object_augmentation import squared
+from fairhuman_jax.diffusion import BASELINES, FusionMaps
+from fairhuman_jax.doors.drawing import Job, Model
+from fairhuman_jax.doors.pictures import checked_size
+from fairhuman_jax.systems.pipelines import open_staged
+from fairhuman_jax.systems.staged import FaceDiffuser, StagedRequest, draw_delayed, make_staged_request
+from fairhuman_jax.weights import MARKER
+
+SCHEDULER = "pndm"  # the published one
+SHOWN_ROWS = 8  # of stage 2, in pictures of maps
+SHOWN = 64  # pixels a side of a map
+OTHERS = ("lora", "controlnet", "adapter", "condition", "init_image", "mask", "pose", "pose_of", "long_prompt")
+
+
+def add_subject_options(parser: argparse.ArgumentParser) -> None:
+    """The options of --system facediffuser."""
+    group = parser.add_argument_group(
+        "people from pictures: --system facediffuser",
+        f'Prompts mark the words of people, as in "a man {MARKER} and a woman {MARKER}".',
+    )
+    group.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="[NAME=]IMAGE",
+        help="the picture of a person; one for each marker, in their order",
+    )
+    group.add_argument("--scene", default=None, metavar="BASE", help="the scene model; --base is the subject model")
+    group.add_argument("--delayed", action="store_true", help="the subject model alone, as FastComposer draws")
+    group.add_argument("--alpha", type=float, default=None, help="share of steps before subjects come in (default 0.3)")
+    group.add_argument("--beta", type=float, default=None, help="share before the subject model is alone (default 0.6)")
+    group.add_argument("--subject-guidance", type=float, default=None, metavar="G", help="default: --guidance")
+    group.add_argument("--baseline", choices=BASELINES, default=None, help="what the subject model is guided from")
+    group.add_argument("--soft-mask", type=float, default=None, metavar="T", help="blend, at this temperature")
+    group.add_argument("--save-maps", action="store_true", help="masks and saliency of the fused steps as pictures")
+
+
+def check_subject_options(options: argparse.Namespace) -> None:
+    """What can be refused before anything is read."""
+    chosen = options.system == "facediffuser"
+    names = ("reference", "scene", "delayed", "alpha", "beta", "subject_guidance", "baseline", "soft_mask", "save_maps")
+    given = [name for name in names if getattr(options, name)]
+    if not chosen:
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} needs --system facediffuser")
+        return
+    if other := next((name for name in OTHERS if getattr(options, name)), None):
+        raise ValueError(f"--system facediffuser draws from references; it takes no --{other.replace('_', '-')}")
+    if not options.reference:
+        raise ValueError("--system facediffuser needs --reference, one for each marker of the prompt")
+    if options.delayed == (options.scene is not None):
+        raise ValueError("--system facediffuser needs --scene with the scene model, or --delayed to draw without one")
+    if options.delayed and (
+        fused := [name for name in ("beta", "baseline", "soft_mask", "save_maps") if name in given]
+    ):
+        raise ValueError(f"--{fused[0].replace('_', '-')} is of the fusion, which --delayed leaves out")
+    for path in map(reference_path, options.reference):
+        if not path.is_file():
+            raise FileNotFoundError(f"--reference {path}: no such file")
+
+
+def reference_path(entry: str) -> Path:
+    """[NAME=]IMAGE; a path may hold equal signs itself if it is a file as it stands."""
+    path = Path(entry)
+    return path if path.is_file() or "=" not in entry else Path(entry.split("=", 1)[1])
+
+
+def subject_model(options: argparse.Namespace) -> Model:
+    """What draws. Errors: pictures or models that cannot be read; a number of them that is not the prompts'."""
+    pictures = [read_image(reference_path(entry)) for entry in options.reference]
+    for prompt in options.prompts:
+        if prompt.count(MARKER) != len(pictures):
+            raise ValueError(f"{prompt!r} has {prompt.count(MARKER)} of {MARKER} for {len(pictures)} of --reference")
+    slots = max(len(pictures), 4)
+    system, params = open_staged(options.base, options.scene, dtype=options.dtype, slots=slots)
+    side = system.image_encoder.config["image_size"]
+    references = [squared(picture, side) for picture in pictures]
+    size = checked_size(options.size, None, system)
+    request = partial(_request, options, system, references, size)
+    request([(prompt, 0) for prompt in options.prompts])  # refuses what it would refuse before anything is drawn
+    program, keep = _program(options, system)
+    return Model("", params, size, options.scheduler or SCHEDULER, request, program, keep=keep)
+
+
+def _program(options: argparse.Namespace, system: FaceDiffuser) -> tuple[Any, Any]:
+    """(the function that is compiled, what writes its maps or None)."""
+    if options.delayed:
+        return lambda params, request, key, _: draw_delayed(system, params, request, key), None
+    if options.save_maps:
+        return lambda params, request, key, _: system.sample_with_maps(params, request, key), write_maps
+    return lambda params, request, key, _: system.sample_staged(params, request, key), None
+
+
+def _request(
+    options: argparse.Namespace,
+    system: FaceDiffuser,
+    references: Sequence[np.ndarray],
+    size: tuple[int, int],
+    group: Sequence[Job],
+) -> StagedRequest:
+    shares = {name: value for name in ("alpha", "beta", "baseline") if (value := getattr(options, name)) is not None}
+    return make_staged_request(
+        system,
+        [prompt for prompt, _ in group],
+        [seed for _, seed in group],
+        references=[references] * len(group),
+        steps=options.steps,
+        guidance=options.guidance,
+        size=size,
+        subject_guidance=options.subject_guidance,
+        negative=options.negative,
+        scheduler=options.scheduler,
+        temperature=options.soft_mask,
+        constant_stages=options.save_maps,
+        **shares,
+    )
+
+
+def write_maps(maps: FusionMaps, index: int, picture: Path) -> Path:
+    """Maps of one picture beside it: columns are rows of stage 2; mask, saliency of scene and of subject model below
+    each other, the saliencies from black, their least, to white, their largest value."""
+    stacks = [np.asarray(jax.device_get(stack[:, index]), np.float32) for stack in maps]
+    count = len(stacks[0])
+    chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN_ROWS)).astype(int))
+    rows = []
+    for stack in stacks:
+        low, high = stack.min(), stack.max()
+        pixels = np.rint(255.0 * (stack - low) / max(high - low, 1e-12)).astype(np.uint8)
+        tiles = [Image.fromarray(pixels[row]).resize((SHOWN, SHOWN), Image.Resampling.NEAREST) for row in chosen]
+        rows.append(np.concatenate([np.asarray(tile) for tile in tiles], axis=1))
+    path = picture.with_name(f"{picture.stem}-maps.png")
+    Image.fromarray(np.concatenate(rows)).save(path)
+    return path
