@@ -77,7 +77,7 @@ class SubjectModelConfig:
 
     def build(self) -> SubjectModel:
         """Reads base and image encoder. Errors: files that cannot be read; networks that do not fit together."""
-        runtime = {"remat": self.remat, "attention": self.attention}
+        runtime: dict[str, Any] = {"remat": self.remat, "attention": self.attention}
         if self.image_encoder is None:
             begun = load_subject_model(self.base, dtype="float32", **runtime)
             parts = {name: begun.params[name] for name in ("image_encoder", "postfuse")}
@@ -93,7 +93,7 @@ class SubjectModelConfig:
 
         Errors: as for `build`.
         """
-        width = pipeline.unet.cross_attention_dim
+        width = pipeline.text_encoders[0].config["hidden_size"]
         if len(pipeline.text_encoders) != 1:
             raise ValueError(f"base {self.base}: a subject model starts from Stable Diffusion 1 or 2, not SDXL")
         if not isinstance(encoder, CLIPVision) or not encoder.with_projection:
@@ -198,7 +198,7 @@ class SubjectModel(SubjectDiffusion):
         shown = np.arange(self.slots) < held_out["num_objects"][:, None]
         pictures, wanted = held_out["object_pixels"][shown], [prompt.count(MARKER) for prompt in config.prompts]
         places = np.arange(sum(wanted)) % max(len(pictures), 1)
-        references = np.split(pictures[places], np.cumsum(wanted)[:-1])
+        references = [list(part) for part in np.split(pictures[places], np.cumsum(wanted)[:-1])]
         request = make_staged_request(
             self,
             config.prompts,

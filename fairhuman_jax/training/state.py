@@ -108,14 +108,14 @@ def _one_rate(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 def _scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
     """Updates of the named parts of a tree, times their factors."""
 
-    def init(trainable: PyTree) -> optax.EmptyState:
-        if unknown := sorted(set(factors) - set(trainable)):
+    def init(params: PyTree) -> optax.OptState:
+        if unknown := sorted(set(factors) - set(params)):
             raise ValueError(
-                f"optimizer.rate_scales names {unknown[0]!r}, but the trainables are {', '.join(sorted(trainable))}"
+                f"optimizer.rate_scales names {unknown[0]!r}, but the trainables are {', '.join(sorted(params))}"
             )
         return optax.EmptyState()
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
+    def update(updates: PyTree, state: optax.OptState, params: PyTree = None) -> tuple[PyTree, optax.OptState]:
         scaled = {name: optax.tree.scale(factors.get(name, 1.0), part) for name, part in updates.items()}
         return scaled, state
 
