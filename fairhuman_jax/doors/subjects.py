@@ -92,7 +92,9 @@ def subject_model(options: argparse.Namespace) -> Model:
     references = [squared(picture, side) for picture in pictures]
     size = checked_size(options.size, None, system)
     request = partial(_request, options, system, references, size)
-    request([(prompt, 0) for prompt in options.prompts])  # refuses what it would refuse before anything is drawn
+    asked = request([(prompt, 0) for prompt in options.prompts])  # refuses what does not fit before anything is drawn
+    if asked.stages and asked.stages[1] <= asked.stages[0]:
+        raise ValueError(f"--save-maps: no step is fused between --alpha and --beta, rows {asked.stages}")
     program, keep = _program(options, system)
     return Model("", params, size, options.scheduler or SCHEDULER, request, program, keep=keep)
 
