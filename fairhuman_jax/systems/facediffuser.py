@@ -50,7 +50,8 @@ class SubjectModelConfig:
     probability, by sample and step, that the denoising error counts on subjects alone. localization_weight: of the
     second objective, 0: none; localization_blocks: central blocks whose attention it looks at; localization_normalize:
     divide attention by its maximum first.
-    compat "reference": one coin a batch, and the masked error's mean over the whole picture. remat: none, full,
+    compat "reference": one coin a batch, the masked error's mean over the whole picture, captions that are cut lose
+    their end token. remat: none, full,
     attention or offload; dtype: of text encoder and computation; the autoencoder is float32.
     """
 
@@ -115,6 +116,7 @@ class SubjectModelConfig:
             image_encoder=encoder.clone(dtype=jnp.dtype(self.dtype)),
             postfuse=Postfuse(width, jnp.dtype(self.dtype)),
             slots=self.max_objects,
+            compat=self.compat,
         )
 
 

@@ -29,12 +29,14 @@ IDS = "input_ids"
 class SubjectDiffusion(LatentDiffusion):
     """A latent diffusion model with an image encoder and a fusion of its embeddings into the text.
 
-    Parameters: those of the pipeline, "image_encoder" and "postfuse". `slots`: subjects that a caption has room for.
+    Parameters: those of the pipeline, "image_encoder" and "postfuse". `slots`: subjects that a caption has room for;
+    `compat`: of `weights.tokenize_subjects`.
     """
 
     image_encoder: CLIPVision = field(kw_only=True)
     postfuse: Postfuse = field(kw_only=True)
     slots: int = field(default=4, kw_only=True)
+    compat: str | None = field(default=None, kw_only=True)
 
     def tokenize(self, captions: Sequence[str], chunks: int | None = None) -> dict[str, np.ndarray]:
         """Captions -> {"input_ids" int32 [B, L], "subject_positions" int32 [B, slots], "subject_valid" bool}.
@@ -44,7 +46,7 @@ class SubjectDiffusion(LatentDiffusion):
         """
         if chunks is not None:
             raise ValueError("captions with subjects are one chunk: long prompts are cut")
-        tokens = tokenize_subjects(self.pipeline.tokenizers[0], captions, self.slots, strict=False)
+        tokens = tokenize_subjects(self.pipeline.tokenizers[0], captions, self.slots, strict=False, compat=self.compat)
         return {IDS: tokens.ids, "subject_positions": tokens.positions, "subject_valid": tokens.valid}
 
     def embed(self, params: Params, pictures: jax.Array) -> jax.Array:
