@@ -89,11 +89,13 @@ def _splash_fits(query: jax.Array, key: jax.Array, causal: bool) -> bool:
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
     if causal:
-        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, jnp.finfo(jnp.float32).min)
-    weights = _weights(scores, query.shape[-1])
-    sums = jnp.einsum("bhqk,bkhd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (sums / weights.sum(axis=-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
+        allowed = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    summed_in = jnp.float32 if target()[0] == "cpu" else value.dtype  # as in models/products.py
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, preferred_element_type=summed_in).astype(value.dtype)
 
 
 def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
