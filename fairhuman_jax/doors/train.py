@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace, config: RunConfig, arguments: Sequence[str
     if together and not options.distributed and None in peers:
         raise ConfigError("--coordinator, --processes and --process go together")
     keep_compiled_programs()
-    choose_cpu_kernels(config.system.dtype)
+    choose_cpu_kernels(getattr(config.system, "dtype", "float32"))  # a system of one's own may have none
     if not together:
         refuse_one_of_many()
         make_every_core_a_device(config.train.batch_size // config.train.accumulate)
