@@ -225,6 +225,8 @@ def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) ->
         shapes["object_pixels"] = ((*objects, shown, shown, 3), jnp.uint8)
         shapes["object_masks"] = ((*objects, side, side), jnp.uint8)
         shapes["num_objects"] = ((count,), jnp.int32)
+        if config.data.compat:
+            del shapes["time_ids"]
     if config.data.keypoints:
         shapes["keypoints"] = ((count, PEOPLE, JOINTS, 3), jnp.float32)
     if isinstance(system, LatentDiffusion):
