@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fairhuman_jax.data.subject_folder import MARKER as WRITTEN
 from fairhuman_jax.weights import MARKER, load_tokenizer, tokenize, tokenize_subjects
 from fairhuman_jax.weights.ldm.tokenizer import clip_tokenizer
 
@@ -119,3 +120,7 @@ def test_training_data_lose_subjects_instead(clip):
     np.testing.assert_array_equal(found.ids[:2], tokenize(clip, captions[:2]))
     cut = tokenize_subjects(clip, captions[-1:], 2, strict=False)
     assert (cut.counts.tolist(), cut.valid.tolist()) == ([1], [[True, False]])
+
+
+def test_the_marker_that_data_write_into_captions_is_the_one_that_is_looked_for():
+    assert WRITTEN == MARKER
