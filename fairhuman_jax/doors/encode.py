@@ -30,7 +30,7 @@ def encode_door(arguments: Sequence[str] | None = None) -> None:
     keep_compiled_programs()
     try:
         config = load_config(options.config, options.set)
-        choose_cpu_kernels(config.system.dtype)
+        choose_cpu_kernels(getattr(config.system, "dtype", "float32"))
         system = config.system.build()
         _, params = system.init(jax.random.key(config.train.seed))
         size = options.shard_megabytes << 20

@@ -9,7 +9,7 @@ from tiny_models import SIZE, control_batch, quick_jit
 from tiny_pose import JOINTS, THRESHOLD, humansd, spots_variables
 
 from fairhuman_jax.systems.contract import sample_keys
-from fairhuman_jax.systems.humansd import POSE_STREAM, WEIGHT_STREAM
+from fairhuman_jax.systems.humansd import POSE_STREAM, WEIGHT_STREAM, joined
 from fairhuman_jax.training.objectives import task_gradients
 from fairhuman_jax.weights import save_model
 
@@ -113,7 +113,7 @@ def test_step(loss, twins):
     expected_loss.backward()
     grads = {name: parameter.grad for name, parameter in twins["unet"].named_parameters()}
     expected = torch_twins.to_flax(grads, system.pipeline.unet)
-    found = jax.tree.map(lambda leaf: np.asarray(leaf[0]), gradients["unet"])
+    found = jax.tree.map(np.asarray, joined(jax.tree.map(lambda leaf: leaf[0], gradients), {})["unet"])
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert np.abs(expected["conv_in"]["kernel"][:, :, 4:]).max() > 1e-3 * largest  # the pose matters
