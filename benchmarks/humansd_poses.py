@@ -4,10 +4,11 @@
     python train.py configs/people_humansd.py
     python benchmarks/humansd_poses.py runs/people_humansd/export --sheet humansd.png
 
-Held-out people with at least --joints visible joints are drawn twice from the same caption and noise: given their own
-skeleton, and given the next one's. MediaPipe's networks (annotate) look for people on both pictures; OKS of the best
-one found to the person's exact joints, 0 where nobody is found. "black" is the same without a skeleton. Intervals are
-95 %, of the mean over people.
+First the held-out denoising error of the model given each picture's own skeleton, another's and none, at the same times
+and with the same noise. Then held-out people with at least --joints visible joints are drawn twice from the same caption
+and noise: given their own skeleton, and given the next one's. MediaPipe's networks (annotate) look for people on both
+pictures; OKS of the best one found to the person's exact joints, 0 where nobody is found. "black" is the same without a
+skeleton. Intervals are 95 %, of the mean over people.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from fairhuman_jax.annotate.poses import make_pose
 from fairhuman_jax.config import load_config
 from fairhuman_jax.doors.common import choose_cpu_kernels
 from fairhuman_jax.evaluation.keypoint_metrics import oks, visible_area
+from fairhuman_jax.systems.humansd import HumanSDConfig
 from fairhuman_jax.systems.pipelines import open_system
 from fairhuman_jax.systems.sampling import make_request
-from fairhuman_jax.training.datasets import open_data
+from fairhuman_jax.training.datasets import held_out_batches, open_data
 from fairhuman_jax.training.logging import table
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "people_humansd.py"
+BATCH = 32
 THRESHOLD, SHOWN, COLUMNS = 0.2, 128, 8  # least score of a detection; pixels and number of pictures in a row of a sheet
 
 
@@ -82,6 +85,25 @@ def similarities(pictures: np.ndarray, samples: list[dict[str, Any]]) -> np.ndar
     return np.array(found)
 
 
+def errors(model: str) -> dict[str, float]:
+    """Held-out denoising error, mean over samples at evenly spread times, by the skeleton that is given."""
+    config = load_config(CONFIG)
+    system = HumanSDConfig(base=model).build()
+    trainable, frozen = system.init(jax.random.key(0))
+    batches = held_out_batches(open_data(config.data)[1], system, config.data, BATCH)
+
+    @jax.jit
+    def error(batch: dict[str, Any]) -> jax.Array:
+        prediction = system.predict(trainable, frozen, batch, jax.random.key(1))
+        return system.objectives(prediction, batch)["denoising"]
+
+    given = {"own": lambda skeletons: skeletons, "wrong": lambda s: np.roll(s, 1, axis=0), "black": np.zeros_like}
+    return {
+        name: float(np.mean([error(b | {"conditioning_image": of(b["conditioning_image"])}) for b in batches]))
+        for name, of in given.items()
+    }
+
+
 def mean_and_interval(values: np.ndarray) -> str:
     """Mean with the half width of its 95 % interval by Student's t."""
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
@@ -105,6 +127,8 @@ def main() -> None:
     options = parser.parse_args()
     choose_cpu_kernels()
 
+    found_errors = errors(options.model)
+    print("held-out denoising error: " + ", ".join(f"{name} {value:.5f}" for name, value in found_errors.items()))
     samples = people(options.count, options.joints)
     own = [skeleton(sample) for sample in samples]
     given = {"own": own, "wrong": own[1:] + own[:1], "black": [np.zeros_like(own[0])] * len(own)}
