@@ -5,8 +5,8 @@
     python benchmarks/humansd_poses.py runs/people_humansd/export --sheet humansd.png
 
 First the held-out denoising error of the model given each picture's own skeleton, another's and none, at the same times
-and with the same noise. Then held-out people with at least --joints visible joints are drawn twice from the same caption
-and noise: given their own skeleton, and given the next one's. MediaPipe's networks (annotate) look for people on both
+and with the same noise. Then held-out people with at least --joints visible joints are drawn twice from the same
+caption and noise: given their own skeleton, and the next one's. MediaPipe's networks (annotate) look for people on both
 pictures; OKS of the best one found to the person's exact joints, 0 where nobody is found. "black" is the same without a
 skeleton. Intervals are 95 %, of the mean over people.
 """
