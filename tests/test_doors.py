@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from PIL import Image
 from fairhuman_jax.annotate.drawing import draw_poses
 from fairhuman_jax.annotate.poses import make_pose
 from fairhuman_jax.annotate.readers import write_poses
-from fairhuman_jax.doors import sample_door, train_door
+from fairhuman_jax.doors import report, sample_door, train_door
 from fairhuman_jax.models import ControlNet
 from fairhuman_jax.systems.humansd import with_pose_channels
+from fairhuman_jax.training.loop import Result
 from fairhuman_jax.weights import save_lora, save_model, save_pipeline, save_single_file
 
 CONFIG = """
@@ -79,6 +81,12 @@ def test_training_ends_with_table_picture_and_lora(config, tmp_path, capsys):
     train_door([str(config), "--resume", "--set", "train.steps=3"])
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2]
+
+
+def test_losses_change_by_a_share_or_where_they_are_not_positive_by_an_amount():
+    before, after = {"a": 0.2, "b": -0.1, "c": 0.0}, {"a": 0.1, "b": -0.3, "c": 0.0}
+    lines = report(Result(before, after, {}, 1.0, 0, Path("export"), None)).splitlines()[2:5]
+    assert [line.split()[3] for line in lines] == ["-50.0", "-0.20000", "-"]
 
 
 def test_a_run_without_prompts_draws_nothing(config, tmp_path, capsys):

@@ -126,13 +126,20 @@ def _leave(line: str, code: int, together: bool) -> NoReturn:
     raise SystemExit(code)
 
 
+def _change(before: float, after: float) -> str:
+    """A share of a loss, or the amount where a loss may be negative, as localization may."""
+    if before > 0:
+        return f"{100 * (after / before - 1):+.1f} %"
+    return f"{after - before:+.5f}" if after != before else "-"
+
+
 def report(result: Result) -> str:
     """The closing table of a run and where its files are."""
     rows = []
     for name, before in result.before.items():
         after = result.after[name]
         row = {"held-out loss": name, "before": f"{before:.5f}", "after": f"{after:.5f}"}
-        row["change"] = f"{100 * (after / before - 1):+.1f} %" if before else "-"
+        row["change"] = _change(before, after)
         if result.weights:
             row["mean weight"] = f"{result.weights[name]:.3f}"
         rows.append(row)
