@@ -115,11 +115,7 @@ def draw_staged_latents(
     drawn = staged_sample(
         partial(system.denoise, scene_params),
         partial(system.denoise, params),
-        unit_latents(system, base, keys),
-        keys[:, 3],
-        system.pipeline.schedule,
-        base.steps,
-        rule_named(base.scheduler) if base.scheduler else pndm(),
+        *_start(system, base, keys),
         null=null,
         text=text,
         augmented=augmented,
@@ -143,11 +139,7 @@ def draw_delayed(system: SubjectDiffusion, params: Params, request: StagedReques
     text, null, augmented = told(system, params, request, keys)
     latents = delayed_sample(
         partial(system.denoise, params),
-        unit_latents(system, base, keys),
-        keys[:, 3],
-        system.pipeline.schedule,
-        base.steps,
-        rule_named(base.scheduler) if base.scheduler else pndm(),
+        *_start(system, base, keys),
         null=null,
         text=text,
         augmented=augmented,
@@ -156,6 +148,12 @@ def draw_delayed(system: SubjectDiffusion, params: Params, request: StagedReques
         noise=base.noise,
     )
     return system.decode(params, latents)
+
+
+def _start(system: SubjectDiffusion, base: SampleRequest, keys: jax.Array) -> tuple[Any, ...]:
+    """What both samplers begin with: unit noise, keys, schedule, number of steps, and the rule, PNDM unless named."""
+    rule = rule_named(base.scheduler) if base.scheduler else pndm()
+    return unit_latents(system, base, keys), keys[:, 3], system.pipeline.schedule, base.steps, rule
 
 
 def told(
