@@ -61,9 +61,9 @@ def draw_jobs(
             filled = group + [group[-1]] * (width - len(group))
             drawn = program(params, shard_rows(mesh, model.request(filled), width), jax.random.key(0), lora)
             drawn, more = drawn if model.keep else (drawn, None)
+            images.extend(np.asarray(drawn)[: len(group)])
             for i, (prompt, seed) in enumerate(group):
-                images.append(np.asarray(drawn[i]))
-                written.append(_write(options, model, prompt, seed, images[-1]))
+                written.append(_write(options, model, prompt, seed, images[first + i]))
                 if model.keep:
                     written.append(model.keep(more, i, written[-1]))
             bar.update(len(group))
