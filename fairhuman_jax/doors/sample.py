@@ -18,7 +18,7 @@ from fairhuman_jax.doors.common import USER_ERRORS, choose_cpu_kernels, keep_com
 from fairhuman_jax.doors.drawing import Job, Model, draw_jobs, stem
 from fairhuman_jax.doors.pictures import Pictures, read_pictures
 from fairhuman_jax.doors.sample_options import check_options, fill_in, read_prompts, sample_parser
-from fairhuman_jax.doors.subjects import subject_model
+from fairhuman_jax.doors.subjects import subject_jobs, subject_model
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
 from fairhuman_jax.systems.pipelines import open_system
 from fairhuman_jax.systems.sampling import make_request
@@ -35,7 +35,7 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
         check_options(options)
         options.prompts += read_prompts(options.file) if options.file else []
         fill_in(options)
-        if not options.prompts:
+        if not options.prompts and not options.plan:
             raise ValueError("nothing to draw: give a prompt, or --prompts FILE")
         keep_compiled_programs()
         choose_cpu_kernels(options.dtype)
@@ -48,9 +48,13 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
 def _sample(options: argparse.Namespace) -> list[Path]:
     """Draws and writes; returns the files."""
     mesh = make_mesh(devices=_devices(options.mesh))
-    jobs = [(p, seed + i) for p in options.prompts for seed in options.seed for i in range(options.number)]
+    seeds = [seed + i for seed in options.seed for i in range(options.number)]
+    jobs = [Job(prompt, seed) for prompt in options.prompts for seed in seeds]
     if options.system == "facediffuser":
-        images, written = draw_jobs(options, mesh, subject_model(options), jobs)
+        jobs = subject_jobs(options, jobs)
+        if not jobs:
+            return []
+        images, written = draw_jobs(options, mesh, subject_model(options, jobs), jobs)
         return written + _sheets(options, [images], jobs)
     beside = bool(options.compare_base)
     system, params = _open(options, options.base, *([], []) if beside else (options.controlnet, options.adapter))
@@ -124,7 +128,7 @@ def _sheets(
     """A contact sheet of several pictures; of a comparison a row a job: skeleton, HumanSD, each ControlNet, adapter."""
     if len(jobs) == 1 and not options.compare_base:
         return []
-    prompts, path = [prompt for prompt, _ in jobs], options.output / "sheet.png"
+    prompts, path = [job.prompt for job in jobs[: len(columns[0])]], options.output / "sheet.png"
     if not options.compare_base:
         sheet(np.stack(columns[0]), prompts).save(path)
         return [path]
@@ -147,8 +151,8 @@ def _request(
 ) -> Any:
     return make_request(
         system,
-        [prompt for prompt, _ in group],
-        [seed for _, seed in group],
+        [job.prompt for job in group],
+        [job.seed for job in group],
         steps=options.steps,
         guidance=options.guidance,
         rescale=options.guidance_rescale,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,24 @@ from fairhuman_jax.data.object_augmentation import squared
 from fairhuman_jax.diffusion import BASELINES, FusionMaps
 from fairhuman_jax.doors.drawing import Job, Model
 from fairhuman_jax.doors.pictures import checked_size
+from fairhuman_jax.evaluation.subject_plan import read_plan
 from fairhuman_jax.systems.pipelines import open_staged
 from fairhuman_jax.systems.staged import FaceDiffuser, StagedRequest, draw_delayed, make_staged_request
 from fairhuman_jax.weights import MARKER
 
 SCHEDULER = "pndm"  # the published one
+OWN = (
+    "reference",
+    "plan",
+    "scene",
+    "delayed",
+    "alpha",
+    "beta",
+    "subject_guidance",
+    "baseline",
+    "soft_mask",
+    "save_maps",
+)
 SHOWN_ROWS = 8  # of stage 2, in pictures of maps
 SHOWN = 64  # pixels a side of a map
 OTHERS = ("lora", "controlnet", "adapter", "condition", "init_image", "mask", "pose", "pose_of", "long_prompt")
@@ -40,6 +54,9 @@ def add_subject_options(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]IMAGE",
         help="the picture of a person; one for each marker, in their order",
     )
+    group.add_argument(
+        "--plan", type=Path, default=None, metavar="FILE", help="many pictures: `python -m fairhuman_jax.evaluate plan`"
+    )
     group.add_argument("--scene", default=None, metavar="BASE", help="the scene model; --base is the subject model")
     group.add_argument("--delayed", action="store_true", help="the subject model alone, as FastComposer draws")
     group.add_argument("--alpha", type=float, default=None, help="share of steps before subjects come in (default 0.3)")
@@ -53,16 +70,17 @@ def add_subject_options(parser: argparse.ArgumentParser) -> None:
 def check_subject_options(options: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
     chosen = options.system == "facediffuser"
-    names = ("reference", "scene", "delayed", "alpha", "beta", "subject_guidance", "baseline", "soft_mask", "save_maps")
-    given = [name for name in names if getattr(options, name)]
+    given = [name for name in OWN if getattr(options, name)]
     if not chosen:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} needs --system facediffuser")
         return
     if other := next((name for name in OTHERS if getattr(options, name)), None):
         raise ValueError(f"--system facediffuser draws from references; it takes no --{other.replace('_', '-')}")
-    if not options.reference:
-        raise ValueError("--system facediffuser needs --reference, one for each marker of the prompt")
+    if options.plan and (options.reference or options.prompts or options.file):
+        raise ValueError("--plan has prompts, seeds and references of its own; leave out those of the command line")
+    if not options.reference and not options.plan:
+        raise ValueError("--system facediffuser needs --reference, one for each marker of the prompt, or --plan")
     if options.delayed == (options.scene is not None):
         raise ValueError("--system facediffuser needs --scene with the scene model, or --delayed to draw without one")
     if options.delayed and (
@@ -80,21 +98,45 @@ def reference_path(entry: str) -> Path:
     return path if path.is_file() or "=" not in entry else Path(entry.split("=", 1)[1])
 
 
-def subject_model(options: argparse.Namespace) -> Model:
-    """What draws. Errors: pictures or models that cannot be read; a number of them that is not the prompts'."""
-    pictures = [read_image(reference_path(entry)) for entry in options.reference]
-    for prompt in options.prompts:
-        if prompt.count(MARKER) != len(pictures):
-            raise ValueError(f"{prompt!r} has {prompt.count(MARKER)} of {MARKER} for {len(pictures)} of --reference")
-    slots = max(len(pictures), 4)
+def subject_jobs(options: argparse.Namespace, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with their references; with --plan those of the plan whose picture is not there yet.
+
+    Errors: a number of references that is not that of a prompt's markers; what is wrong with a plan.
+    """
+    if not options.plan:
+        paths = tuple(map(reference_path, options.reference))
+        return [_checked(job._replace(references=paths)) for job in jobs]
+    planned = read_plan(options.plan)
+    if other := next((row.image for row in planned if not row.image.endswith(".png")), None):
+        raise ValueError(f"{options.plan}: {other!r} is no name of a .png file, which is what is drawn")
+    wanted = [Job(row.prompt, row.seed, row.image, tuple(map(Path, row.references))) for row in planned]
+    left = [_checked(job) for job in wanted if not (options.output / job.name).is_file()]
+    if len(left) < len(wanted):
+        print(f"{len(wanted) - len(left)} of {len(wanted)} pictures are in {options.output} already", file=sys.stderr)
+    return left
+
+
+def _checked(job: Job) -> Job:
+    if job.prompt.count(MARKER) != len(job.references):
+        raise ValueError(
+            f"{job.prompt!r} has {job.prompt.count(MARKER)} of {MARKER} for {len(job.references)} of --reference"
+        )
+    return job
+
+
+def subject_model(options: argparse.Namespace, jobs: Sequence[Job]) -> Model:
+    """What draws the jobs. Errors: pictures or models that cannot be read; prompts that the model cannot follow."""
+    pictures = {path: read_image(path) for path in sorted({path for job in jobs for path in job.references})}
+    slots = max(4, *(len(job.references) for job in jobs))
     system, params = open_staged(options.base, options.scene, dtype=options.dtype, slots=slots)
     side = system.image_encoder.config["image_size"]
-    references = [squared(picture, side) for picture in pictures]
+    references = {path: squared(picture, side) for path, picture in pictures.items()}
     size = checked_size(options.size, None, system)
     request = partial(_request, options, system, references, size)
-    asked = request([(prompt, 0) for prompt in options.prompts])  # refuses what does not fit before anything is drawn
-    if asked.stages and asked.stages[1] <= asked.stages[0]:
-        raise ValueError(f"--save-maps: no step is fused between --alpha and --beta, rows {asked.stages}")
+    for job in {job.prompt: job for job in jobs}.values():  # refuses what does not fit before anything is drawn
+        asked = request([job])
+        if asked.stages and asked.stages[1] <= asked.stages[0]:
+            raise ValueError(f"--save-maps: no step is fused between --alpha and --beta, rows {asked.stages}")
     program, keep = _program(options, system)
     return Model("", params, size, options.scheduler or SCHEDULER, request, program, keep=keep)
 
@@ -111,16 +153,16 @@ def _program(options: argparse.Namespace, system: FaceDiffuser) -> tuple[Any, An
 def _request(
     options: argparse.Namespace,
     system: FaceDiffuser,
-    references: Sequence[np.ndarray],
+    references: Mapping[Path, np.ndarray],
     size: tuple[int, int],
     group: Sequence[Job],
 ) -> StagedRequest:
     shares = {name: value for name in ("alpha", "beta", "baseline") if (value := getattr(options, name)) is not None}
     return make_staged_request(
         system,
-        [prompt for prompt, _ in group],
-        [seed for _, seed in group],
-        references=[references] * len(group),
+        [job.prompt for job in group],
+        [job.seed for job in group],
+        references=[[references[path] for path in job.references] for job in group],
         steps=options.steps,
         guidance=options.guidance,
         size=size,

@@ -13,6 +13,7 @@ import numpy as np
 from fairhuman_jax.annotate.poses import JOINTS, Pose, make_pose
 from fairhuman_jax.annotate.readers import read_poses
 from fairhuman_jax.data.folder import read_image
+from fairhuman_jax.weights import MARKER
 from fairhuman_jax.weights.files import read_json
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -36,7 +37,8 @@ def read_pictures(paths: Sequence[Path]) -> Iterator[np.ndarray]:
 
 def captions_for(paths: Sequence[Path], file: Path) -> list[str]:
     """The caption of each picture: of a .txt file a line each in the order of names, of a .json file an object from
-    picture names to captions, of a metadata.jsonl file the `text_english` beside each `image`.
+    picture names to captions, of a .jsonl file the `text_english` beside each `image` (FairHuman's metadata), or its
+    `prompt` without the markers of subjects (evaluation.subject_plan).
 
     Errors: no such file; another format; as many lines as there are pictures wanted; pictures without a caption.
     """
@@ -66,10 +68,12 @@ def _metadata_captions(file: Path) -> dict[str, Any]:
         try:
             row = json.loads(line) if line.strip() else None
             if row is not None:
-                text = row["text_english"]
+                text = row["text_english"] if "text_english" in row else row["prompt"].replace(MARKER, "")
                 found[row["image"]] = text[0] if isinstance(text, list) else text
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{file}, line {number}: needs an object with image and text_english") from error
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{file}, line {number}: needs an object with image and text_english, or image and prompt"
+            ) from error
     return found
 
 

