@@ -14,9 +14,11 @@ import pytest
 import tiny_models
 from PIL import Image
 
+from fairhuman_jax.annotate.bottom_up import BottomUpPoses
 from fairhuman_jax.annotate.drawing import draw_poses
 from fairhuman_jax.annotate.poses import make_pose
 from fairhuman_jax.annotate.readers import write_poses
+from fairhuman_jax.data.people import PeopleDataset
 from fairhuman_jax.doors import report, sample_door, train_door
 from fairhuman_jax.models import ControlNet
 from fairhuman_jax.systems.humansd import with_pose_channels
@@ -236,6 +238,23 @@ def test_a_skeleton_is_drawn_from_key_points_and_compared(base, controlnet, skel
     assert len(list(out.iterdir())) == 5 and Image.open(out / "sheet.png").width == 3 * 128
 
 
+def test_the_pose_of_a_picture_is_found_by_a_named_network(skeletons, tmp_path, capsys):
+    picture = PeopleDataset(64, 1, seed=5, framing="upper body")[0]["image"]
+    Image.fromarray(picture).save(tmp_path / "somebody.png")
+    options = ["a person", "--base", str(skeletons / "base"), "--size", "16", "--steps", "2", "--output"]
+    network = ["--pose-network", "people", "--pose-of"]
+    sample_door([*options, str(tmp_path / "found"), *network, str(tmp_path / "somebody.png")])
+    write_poses(tmp_path / "same.npz", BottomUpPoses("people").detect(picture), size=(64, 64))
+    sample_door([*options, str(tmp_path / "given"), "--pose", str(tmp_path / "same.npz")])
+    drawn = [np.asarray(Image.open(tmp_path / name / "a-person-0.png"), int) for name in ("found", "given")]
+    np.testing.assert_array_equal(*drawn)
+    black = [*options, str(tmp_path), *network, str(skeletons / "nobody.png")]
+    assert "nobody.png: nobody is found on it" in refused(capsys, sample_door, black)
+    missing = ["a person", "--base", str(skeletons / "base"), *network, str(skeletons / "nobody.png")]
+    missing[missing.index("people")] = str(tmp_path / "none.pth")
+    assert "none.pth" in refused(capsys, sample_door, missing)
+
+
 def test_the_published_run_has_its_own_defaults(skeletons, tmp_path):
     options = ["a person", "--base", str(skeletons / "base"), "--size", "16", "--output", str(tmp_path)]
     sample_door([*options, "--pose", str(skeletons / "pose.npz"), "--compat", "reference"])
@@ -261,6 +280,7 @@ def test_the_published_run_has_its_own_defaults(skeletons, tmp_path):
         (["--pose", "pose.npz", "--compare-base", "x", "--adapter", "x", "--condition", "y"], "gives the pose, but 1"),
         (["--compat", "reference"], "--compat needs --pose or --pose-of"),
         (["--pose-size", "64"], "--pose-size needs --pose"),
+        (["--pose", "pose.npz", "--pose-network", "people"], "--pose-network needs --pose-of"),
     ],
 )
 def test_skeletons_that_do_not_fit_are_refused(skeletons, capsys, arguments, expected):

@@ -9,9 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from fairhuman_jax.annotate.detector import PoseDetector
+from fairhuman_jax.annotate.detector import PoseDetector, open_detector
 from fairhuman_jax.annotate.drawing import draw_poses
-from fairhuman_jax.annotate.mediapipe import MediaPipePoses
 from fairhuman_jax.annotate.models import PACKAGE, fetch_models
 from fairhuman_jax.annotate.poses import Pose
 from fairhuman_jax.annotate.readers import write_poses
@@ -19,6 +18,7 @@ from fairhuman_jax.data.folder import read_image
 from fairhuman_jax.weights.files import replacing, write_json
 
 RESULTS = "keypoints.json"
+THRESHOLD = 0.5
 
 
 def fetch(arguments: argparse.Namespace) -> None:
@@ -37,7 +37,10 @@ def pose(arguments: argparse.Namespace) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two pictures are named {twice[0]}; results are named after pictures, so rename one")
-    detector = MediaPipePoses(threshold=arguments.threshold)
+    network, threshold = arguments.network, arguments.threshold
+    if network and threshold is not None:
+        raise ValueError("--threshold is of MediaPipe's detections; leave it out with --network")
+    detector = open_detector(network, THRESHOLD if threshold is None else threshold)
     images, annotations = [], []
     for number, picture in enumerate(arguments.pictures, 1):
         poses, entry = annotate_picture(detector, picture, arguments.out, arguments.draw)
@@ -82,7 +85,12 @@ def _add_pose(commands) -> None:
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--draw", action="store_true", help="draw the people too: OUT/NAME_pose.png, as HumanSD does")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score of a detection (default 0.5)")
+    parser.add_argument(
+        "--network",
+        metavar="PATH",
+        help="a HigherHRNet in place of MediaPipe's: a checkpoint of mmpose, a folder, people",
+    )
+    parser.add_argument("--threshold", type=float, help=f"least score of a detection (default {THRESHOLD})")
     parser.set_defaults(run=pose)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from scipy.ndimage import correlate1d, maximum_filter
 from scipy.optimize import linear_sum_assignment
@@ -21,6 +23,7 @@ from fairhuman_jax.annotate.poses import JOINTS, Pose, make_pose, rescale, resiz
 from fairhuman_jax.data.transforms import MIRROR
 from fairhuman_jax.losses.heatmap import resize_aligned
 from fairhuman_jax.models.higher_hrnet import stage_mean
+from fairhuman_jax.weights.mmpose import load_pose_network
 
 Network = Callable[[np.ndarray], tuple[Any, Any]]
 Compat = Literal["reference", "reference_cpu"]
@@ -45,6 +48,9 @@ class BottomUpSettings:
     least_heat: float = 0.1
     tag_distance: float = 1.0
     refine: bool = True
+
+
+SHIPPED_SETTINGS = {"people": BottomUpSettings(short_side=64)}
 
 
 def estimate_poses(
@@ -78,6 +84,28 @@ def estimate_poses(
     order = np.argsort(-scores, kind="stable")
     poses = rescale([make_pose(people[i], float(scores[i])) for i in order], small.shape[:2], (height, width))
     return [make_pose(pose.keypoints - (0.5, 0.5, 0), pose.score) for pose in poses] if compat else poses
+
+
+class BottomUpPoses:
+    """A `PoseDetector` of a HigherHRNet: everybody on a picture at once.
+
+    network: a checkpoint of mmpose, a folder, or "people", which ships with the package and is shown pictures at 64
+    pixels, as it was trained. settings: None for those of the network. compat: of `estimate_poses`. A program is
+    compiled for each size of pictures. Errors: those of `load_pose_network` and `estimate_poses`.
+    """
+
+    def __init__(
+        self, network: str | Path, settings: BottomUpSettings | None = None, compat: Compat | None = None
+    ) -> None:
+        module, variables = load_pose_network(network, dtype="float32")
+        program = jax.jit(module.apply)
+        self._network: Network = lambda pixels: program(variables, pixels)
+        self.settings = settings or SHIPPED_SETTINGS.get(str(network), BottomUpSettings())
+        self.compat: Compat | None = compat
+
+    def detect(self, picture: np.ndarray) -> list[Pose]:
+        """Everybody found, most certain first."""
+        return estimate_poses(picture, self._network, self.settings, self.compat)
 
 
 def network_input(image: np.ndarray, settings: BottomUpSettings) -> tuple[np.ndarray, tuple[float, float]]:

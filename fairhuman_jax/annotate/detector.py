@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -10,15 +11,27 @@ from fairhuman_jax.annotate.poses import Pose
 
 
 class PoseDetector(Protocol):
-    """Finds people on a picture uint8 [H, W, 3] of any size. Detectors of faces and of hands will stand beside it.
+    """Finds people on a picture uint8 [H, W, 3] of any size.
 
-    `annotate.mediapipe.MediaPipePoses` is one. Errors: ValueError for what is no such picture.
+    `annotate.mediapipe.MediaPipePoses` and `annotate.bottom_up.BottomUpPoses` are such. Errors: ValueError for what is
+    no such picture.
     """
 
     def detect(self, picture: np.ndarray) -> list[Pose]:
         """Everybody found, in pixels of the picture, pixel centres at +.5; an empty list for nobody."""
         ...
 
-    def person_mask(self, picture: np.ndarray) -> np.ndarray:
-        """Probability that a pixel shows a person, float32 [H, W, 1] in [0, 1]."""
-        ...
+
+def open_detector(network: str | Path | None, threshold: float = 0.5, compat: bool = False) -> PoseDetector:
+    """MediaPipe's networks, whose detections score at least `threshold`, or the HigherHRNet that `network` names.
+
+    compat: HigherHRNet's pictures and positions as HumanSD has them. Errors: those of either.
+    """
+    # Each has requirements of its own, and one of them is enough.
+    if network is None:
+        from fairhuman_jax.annotate.mediapipe import MediaPipePoses
+
+        return MediaPipePoses(threshold=threshold)
+    from fairhuman_jax.annotate.bottom_up import BottomUpPoses
+
+    return BottomUpPoses(network, compat="reference" if compat else None)

@@ -88,7 +88,7 @@ def distinct(bodies: list[Body]) -> list[Body]:
 
 
 class MediaPipePoses:
-    """A `PoseDetector` (annotate/detector.py) of MediaPipe's networks: any number of people, one after the other.
+    """A `PoseDetector` of MediaPipe's networks: any number of people, one after the other; masks of them besides.
 
     folder: of the networks, default the cache; threshold: least score of a detection; threads: of LiteRT.
     Errors: those of `LiteModel`; ValueError for what is no picture uint8 [H, W, 3].

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from fairhuman_jax.annotate.detector import open_detector
 from fairhuman_jax.annotate.drawing import draw_poses
 from fairhuman_jax.annotate.poses import Pose, place_poses
 from fairhuman_jax.annotate.readers import read_poses
@@ -52,7 +52,7 @@ def read_pictures(options: argparse.Namespace, system: LatentDiffusion) -> Pictu
         mask = _fitted(mask[..., 0], size, Image.Resampling.NEAREST)[..., None]
     pose, openpose = (None, None) if drawn is None else (_fitted(drawn, size, Image.Resampling.NEAREST), None)
     if drawn is None and (options.pose or options.pose_of):
-        people, found_in = _people(options.pose, options.pose_of, options.pose_size)
+        people, found_in = _people(options)
         placed = place_poses(people, size, found_in, compat=options.compat)
         pose, openpose = draw_poses(placed, size, compat=options.compat), draw_poses(placed, size, "openpose")
     return Pictures(
@@ -65,17 +65,16 @@ def read_pictures(options: argparse.Namespace, system: LatentDiffusion) -> Pictu
     )
 
 
-def _people(points: Path | None, photo: Path | None, size: Size | None) -> tuple[list[Pose], Size | None]:
-    """The people of a file of key points, or those that the open detector finds on a photograph, and the size of the
-    picture that their points belong to, if it is known."""
+def _people(options: argparse.Namespace) -> tuple[list[Pose], Size | None]:
+    """The people of a file of key points, or those that a detector finds on a photograph, and the size of the picture
+    that their points belong to, if it is known."""
+    points, photo, size = options.pose, options.pose_of, options.pose_size
     if photo is None:
         assert points is not None, "one of the two is given"
         found = read_poses(points, size)
         return list(found.poses), found.size or size
-    from fairhuman_jax.annotate.mediapipe import MediaPipePoses
-
     picture = read_image(photo)
-    people = MediaPipePoses().detect(picture)
+    people = open_detector(options.pose_network, compat=bool(options.compat)).detect(picture)
     if not people:
         raise ValueError(f"--pose-of {photo}: nobody is found on it; give key points by --pose")
     return people, (picture.shape[0], picture.shape[1])

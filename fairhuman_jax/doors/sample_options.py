@@ -68,6 +68,12 @@ def sample_parser() -> argparse.ArgumentParser:
     )
     skeleton.add_argument("--pose-of", type=Path, default=None, metavar="PHOTO", help="the pose of those on a picture")
     skeleton.add_argument(
+        "--pose-network",
+        default=None,
+        metavar="PATH",
+        help="what finds it: a HigherHRNet (a checkpoint of mmpose, a folder, people) in place of MediaPipe's networks",
+    )
+    skeleton.add_argument(
         "--pose-size", type=_size, default=None, metavar="N or HxW", help="of the picture that key points belong to"
     )
     skeleton.add_argument(
@@ -113,6 +119,8 @@ def _check_pose(options: argparse.Namespace) -> None:
     for name, needs in (("pose_size", options.pose), ("compat", posed), ("compare_base", posed)):
         if getattr(options, name) and not needs:
             raise ValueError(f"--{name.replace('_', '-')} needs --pose" + (" or --pose-of" if needs is posed else ""))
+    if options.pose_network and not options.pose_of:
+        raise ValueError("--pose-network needs --pose-of")
     if options.system == "humansd" and not posed:
         raise ValueError("--system humansd needs --pose or --pose-of")
     if options.compare_base and not (options.controlnet or options.adapter):
