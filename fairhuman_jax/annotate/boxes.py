@@ -34,10 +34,12 @@ def decode_detections(
     """
     scores = expit(logits[:, 0].astype(np.float64))
     kept = scores > threshold
-    values = boxes[kept].astype(np.float64).reshape(len(scores[kept]), -1, 2) / side
+    values = boxes[kept].astype(np.float64).reshape(-1, boxes.shape[1] // 2, 2) / side
     centre, half = values[:, 0] + centres[kept], values[:, 1] / 2
     points = values[:, 2:] + centres[kept, None]
-    return scores[kept], np.concatenate([centre - half, centre + half, points.reshape(len(points), -1)], axis=1)
+    return scores[kept], np.concatenate(
+        [centre - half, centre + half, points.reshape(len(points), boxes.shape[1] - 4)], axis=1
+    )
 
 
 def merge_detections(scores: np.ndarray, values: np.ndarray, overlap: float = OVERLAP) -> tuple[np.ndarray, np.ndarray]:

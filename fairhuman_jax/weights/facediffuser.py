@@ -19,6 +19,7 @@ import numpy as np
 
 from fairhuman_jax.models import CLIPVision, Postfuse
 from fairhuman_jax.weights.diffusers import load_model, save_model
+from fairhuman_jax.weights.hub import fetch_file, is_hub_id
 from fairhuman_jax.weights.keys import OLD_ATTENTION, TOWERS
 from fairhuman_jax.weights.ldm.reading import (
     CONFIGS,
@@ -65,12 +66,12 @@ def load_subject_model(
 ) -> SubjectPipeline:
     """The subject model in a file of FastComposer or of Face-diffuser, in the folder of one, or in one of our own.
 
-    path: `pytorch_model.bin` or what `save_flat_file` wrote; a folder with the former; a folder of
-    `save_subject_model`. dtype, host, sharding and runtime as in `load_pipeline`. dtype None keeps what is stored: in
-    published files bfloat16 but for what was trained. tokenizer: of files, see `clip_tokenizer`.
+    path: `pytorch_model.bin` or what `save_flat_file` wrote; a folder with the former, or `org/name` of one on the hub;
+    a folder of `save_subject_model`. dtype, host, sharding and runtime as in `load_pipeline`. dtype None keeps what is
+    stored: in published files bfloat16 but for what was trained. tokenizer: of files, see `clip_tokenizer`.
     Errors, one line each: those of `load_pipeline`; a model without subjects; widths that do not fit each other.
     """
-    path = Path(path)
+    path = fetch_file(str(path), FLAT_FILE) if is_hub_id(path) else Path(path)
     options = {"host": host, "sharding": sharding, **runtime}
     file = path / FLAT_FILE if path.is_dir() and not (path / "model_index.json").is_file() else path
     if file.is_file():

@@ -66,6 +66,17 @@ def fetch_pipeline(repo: str, variant: str | None = None, revision: str | None =
     return remote.root
 
 
+def fetch_file(repo: str, name: str, revision: str | None = None) -> Path:
+    """One file of `repo`, fetched where it is not yet. Errors: those of `fetch_model`."""
+    remote = _Repository(repo, revision)
+    if remote.names is None:
+        return remote.cached(name) / name
+    if name not in remote.names:
+        raise FileNotFoundError(f"{repo} on the hub has no {name}")
+    remote.fetch([name])
+    return remote.root / name
+
+
 class _Repository:
     """One revision of a repository; `names` of its files is None where the hub cannot be asked."""
 

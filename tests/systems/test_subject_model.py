@@ -24,7 +24,8 @@ from fairhuman_jax.models import CLIPVision
 from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.facediffuser import SceneModel, SceneModelConfig, SubjectModelConfig, parted, whole
 from fairhuman_jax.training.objectives import linearise
-from fairhuman_jax.weights import MARKER
+from fairhuman_jax.weights import MARKER, SubjectPipeline, save_flat_file
+from fairhuman_jax.weights.tensors import open_tensors
 
 KEY = jax.random.key(4)
 
@@ -155,6 +156,49 @@ def test_the_scene_model_trains_its_denoiser_alone():
     loss = losses(system, given)
     moved = losses(system, given, change=partial(jax.tree.map, lambda leaf: 1.1 * leaf))
     assert loss.shape == (1,) and loss[0] != moved[0]
+
+
+def changed_tensors(before, after, folder):
+    """Names of the flat file, in FastComposer's naming, whose tensors differ."""
+    files = [
+        open_tensors(save_flat_file(model, folder / f"{i}.safetensors", "float32"))
+        for i, model in enumerate((before, after))
+    ]
+    assert files[0].names() == files[1].names()
+    return {name for name in files[0].names() if not np.array_equal(*(file.read(name) for file in files))}
+
+
+def step(system, given):
+    """(trainable before, after one step along the gradients, frozen)."""
+    trainable, frozen = system.init(jax.random.key(0))
+
+    def gradients(tree):
+        gradients = linearise(system, tree, frozen, given, KEY).pull_each()
+        return jax.tree.map(lambda *parts: sum(parts), *gradients)
+
+    return trainable, jax.tree.map(lambda p, g: p - 0.1 * g, trainable, quick_jit(gradients)(trainable)), frozen
+
+
+def test_a_step_of_the_subject_model_changes_three_parts_of_its_file(tmp_path):
+    system = subject_model()
+    begun, moved, frozen = step(system, batch(system))
+    models = [
+        SubjectPipeline(system.pipeline, system.image_encoder, system.postfuse, system.joined(tree, frozen))
+        for tree in (begun, moved)
+    ]
+    names = changed_tensors(*models, tmp_path)
+    last = "image_encoder.vision_model.encoder.layers.2."
+    assert all(name.startswith(("unet.", "postfuse_module.", last)) for name in names)
+    assert {name.split(".")[0] for name in names} == {"unet", "postfuse_module", "image_encoder"}
+
+
+def test_a_fresh_scene_model_is_its_base_and_a_step_changes_the_denoiser_alone(tmp_path):
+    system, base = SceneModel(small_pipeline(), config=SceneModelConfig()), small_pipeline()
+    begun, moved, frozen = step(system, batch(subject_model(), ("a face", "two hands")))
+    fresh, trained = (dataclasses.replace(base, params={**frozen, **tree}) for tree in (begun, moved))
+    assert changed_tensors(base, fresh, tmp_path) == set()
+    names = changed_tensors(base, trained, tmp_path)
+    assert names and all(name.startswith("unet.") for name in names)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ WEIGHTS = (
 FILES = {
     "model_index.json": json.dumps(INDEX),
     "README.md": "no",
+    "pytorch_model.bin": "of somebody's own",
     "whole.safetensors": "no",
     **{f"vae/{name}": name for name in (*WEIGHTS, "config.json")},
     "unet/config.json": "{}",
@@ -110,12 +111,15 @@ def hub():
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from fairhuman_jax.weights.hub import fetch_model, fetch_pipeline
+from fairhuman_jax.weights.hub import fetch_file, fetch_model, fetch_pipeline
 results = []
 for call in json.loads(sys.argv[1]):
-    function = {"model": fetch_model, "pipeline": fetch_pipeline}[call.pop(0)]
+    function = {"model": fetch_model, "pipeline": fetch_pipeline, "file": fetch_file}[call.pop(0)]
     try:
         folder = function(*call)
+        if folder.is_file():
+            results.append(folder.read_text())
+            continue
         results.append(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
     except (OSError, ValueError) as error:
         results.append(f"{type(error).__name__}: {error}")
@@ -179,6 +183,15 @@ def test_only_what_is_needed_is_fetched_and_the_cache_serves_offline(hub, tmp_pa
     unreachable = run(tmp_path, "http://127.0.0.1:9", calls[0], calls[7])
     assert unreachable[0] == half
     assert unreachable[1].startswith("FileNotFoundError: org/nothing: no such folder; the hub cannot be asked (")
+
+
+def test_one_file_is_fetched_and_kept(hub, tmp_path):
+    endpoint, call = f"http://127.0.0.1:{hub.server_address[1]}", ["file", "org/model", "pytorch_model.bin"]
+    found, missing = run(tmp_path, endpoint, call, ["file", "org/model", "model.bin"])
+    assert found == "of somebody's own" and hub.fetched.count("pytorch_model.bin") == 1
+    assert missing == "FileNotFoundError: org/model on the hub has no model.bin"
+    offline, missing = run(tmp_path, endpoint, call, ["file", "org/model", "model.bin"], HF_HUB_OFFLINE="1")
+    assert offline == found and missing.endswith("holds no model.bin of it")
 
 
 def test_what_reads_as_a_hub_id(tmp_path, monkeypatch):
