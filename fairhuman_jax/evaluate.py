@@ -15,14 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fairhuman_jax.annotate.models import fetch_models
+from fairhuman_jax.commands import add_command, run_commands
 from fairhuman_jax.data.folder import read_image
-from fairhuman_jax.doors.common import (
-    USER_ERRORS,
-    add_debug,
-    choose_cpu_kernels,
-    keep_compiled_programs,
-    refuse,
-)
+from fairhuman_jax.doors.common import choose_cpu_kernels, keep_compiled_programs
 from fairhuman_jax.evaluation.clip_similarity import clip_similarities, load_clip
 from fairhuman_jax.evaluation.fid import KID_SIZE, KID_SUBSETS, check_subsets, fid, kid
 from fairhuman_jax.evaluation.folders import captions_for, list_pictures, paired_people, read_pictures
@@ -54,6 +49,10 @@ def fetch(options: argparse.Namespace) -> None:
     print("\n".join(map(str, [fetch_inception(), fetch_identity(), *fetch_models()])))
 
 
+def _add_fetch(commands) -> None:
+    add_command(commands, fetch)
+
+
 def pose(options: argparse.Namespace) -> None:
     """Average precision and recall of key points by OKS and by shape (CAP), and the error of the number of people."""
     found, truth = paired_people(options.generated, options.true)
@@ -66,7 +65,7 @@ def pose(options: argparse.Namespace) -> None:
 
 
 def _add_pose(commands) -> None:
-    parser = _add(commands, "pose", pose)
+    parser = _add(commands, pose)
     parser.add_argument("generated", type=Path, help="key points found on generated pictures: a folder or a COCO file")
     parser.add_argument("true", type=Path, help="those they were made for, files of the same names")
     parser.add_argument(
@@ -85,7 +84,7 @@ def frechet(options: argparse.Namespace) -> None:
 
 
 def _add_fid(commands) -> None:
-    _add_folders(_add(commands, "fid", frechet))
+    _add_folders(_add(commands, frechet, "fid"))
 
 
 def kernel(options: argparse.Namespace) -> None:
@@ -102,7 +101,7 @@ def kernel(options: argparse.Namespace) -> None:
 
 
 def _add_kid(commands) -> None:
-    parser = _add(commands, "kid", kernel)
+    parser = _add(commands, kernel, "kid")
     _add_folders(parser)
     parser.add_argument("--subsets", type=int, default=KID_SUBSETS, help=f"random subsets (default {KID_SUBSETS})")
     parser.add_argument("--size", type=int, help=f"pictures of each (default {KID_SIZE}, or all if there are fewer)")
@@ -151,7 +150,7 @@ def clip(options: argparse.Namespace) -> None:
 
 
 def _add_clip(commands) -> None:
-    parser = _add(commands, "clip", clip)
+    parser = _add(commands, clip)
     parser.add_argument("pictures", type=Path, help="folder of pictures")
     parser.add_argument("--captions", type=Path, required=True, metavar="FILE", help=".txt, .json or metadata.jsonl")
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a CLIPModel of transformers")
@@ -171,7 +170,7 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def _add_plan(commands) -> None:
-    parser = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
+    parser = add_command(commands, plan)
     parser.add_argument("subjects", type=Path, help="a folder with a folder of pictures for each person")
     parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="a line each, as in: a {noun} <|image|> in a hat"
@@ -183,8 +182,6 @@ def _add_plan(commands) -> None:
         "--nouns", type=Path, metavar="FILE", help='.json, {"000001": "man", ...} (default: the published 15 of CelebA)'
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .jsonl file")
-    add_debug(parser)
-    parser.set_defaults(run=plan)
 
 
 def identity(options: argparse.Namespace) -> None:
@@ -214,7 +211,7 @@ def identity(options: argparse.Namespace) -> None:
 
 
 def _add_identity(commands) -> None:
-    parser = _add(commands, "identity", identity)
+    parser = _add(commands, identity)
     parser.add_argument("pictures", type=Path, help="folder of pictures, with the names of the plan")
     parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="of `plan`: who is on each picture")
     parser.add_argument(
@@ -222,11 +219,9 @@ def _add_identity(commands) -> None:
     )
 
 
-def _add(commands, name: str, run) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+def _add(commands, run, name: str | None = None) -> argparse.ArgumentParser:
+    parser = add_command(commands, run, name)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    add_debug(parser)
-    parser.set_defaults(run=run)
     return parser
 
 
@@ -245,20 +240,10 @@ def _plain(value: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run; `arguments` default to the command line's. Exit codes: 0, 2 (cannot run)."""
-    parser = argparse.ArgumentParser(prog="python -m fairhuman_jax.evaluate", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    fetching = commands.add_parser("fetch", help=fetch.__doc__)
-    add_debug(fetching)
-    fetching.set_defaults(run=fetch)
-    for add in (_add_pose, _add_fid, _add_kid, _add_clip, _add_plan, _add_identity):
-        add(commands)
-    options = parser.parse_args(arguments)
     choose_cpu_kernels()
     keep_compiled_programs()
-    try:
-        options.run(options)
-    except USER_ERRORS as error:
-        refuse(parser, error, options.debug)
+    subcommands = (_add_fetch, _add_pose, _add_fid, _add_kid, _add_clip, _add_plan, _add_identity)
+    run_commands("python -m fairhuman_jax.evaluate", __doc__, subcommands, arguments)
 
 
 if __name__ == "__main__":

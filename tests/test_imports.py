@@ -14,7 +14,7 @@ import fairhuman_jax
 ROOT = Path(fairhuman_jax.__file__).parent
 # A package may import those of its own layer and of the layers before it.
 LAYERS = (
-    ("config",),
+    ("config", "commands"),
     ("models", "losses", "diffusion"),
     ("weights", "data", "annotate"),
     ("systems",),

@@ -78,6 +78,7 @@ def test_a_plan_names_its_pictures_and_is_taken_up_where_it_stopped(models, tmp_
     write_plan(tmp_path / "plan.jsonl", rows)
     common = ["--system", "facediffuser", "--base", str(models / "subject"), "--scene", str(models / "scene")]
     common += ["--size", "16", "--steps", "4", "--plan", str(tmp_path / "plan.jsonl"), "--output", str(tmp_path / "d")]
+    common += ["--subject-guidance", "500"]  # or a random network would hardly show who it is told of
     sample_door([*common, "--batch", "2"])
     drawn = {row.image: np.asarray(Image.open(tmp_path / "d" / row.image), int) for row in rows}
     assert json.loads(Image.open(tmp_path / "d" / "b.png").info["parameters"])["reference"] == [two]

@@ -14,6 +14,7 @@ from fairhuman_jax.annotate.drawing import draw_poses
 from fairhuman_jax.annotate.models import PACKAGE, fetch_models
 from fairhuman_jax.annotate.poses import Pose
 from fairhuman_jax.annotate.readers import write_poses
+from fairhuman_jax.commands import add_command, run_commands
 from fairhuman_jax.data.folder import read_image
 from fairhuman_jax.weights.files import replacing, write_json
 
@@ -28,7 +29,7 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 
 def _add_fetch(commands) -> None:
-    commands.add_parser("fetch", help=fetch.__doc__).set_defaults(run=fetch)
+    add_command(commands, fetch)
 
 
 def pose(arguments: argparse.Namespace) -> None:
@@ -81,7 +82,7 @@ def coco_row(found: Pose, image_id: int, number: int) -> dict[str, Any]:
 
 
 def _add_pose(commands) -> None:
-    parser = commands.add_parser("pose", help=pose.__doc__)
+    parser = add_command(commands, pose)
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--draw", action="store_true", help="draw the people too: OUT/NAME_pose.png, as HumanSD does")
@@ -91,24 +92,11 @@ def _add_pose(commands) -> None:
         help="a HigherHRNet in place of MediaPipe's: a checkpoint of mmpose, a folder, people",
     )
     parser.add_argument("--threshold", type=float, help=f"least score of a detection (default {THRESHOLD})")
-    parser.set_defaults(run=pose)
-
-
-# One function per subcommand: each adds its parser and names what to run.
-SUBCOMMANDS = (_add_fetch, _add_pose)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run; `arguments` default to the command line's. Exit codes: 0, 2 (cannot run)."""
-    parser = argparse.ArgumentParser(prog="python -m fairhuman_jax.annotate", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for add in SUBCOMMANDS:
-        add(commands)
-    chosen = parser.parse_args(arguments)
-    try:
-        chosen.run(chosen)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+    run_commands("python -m fairhuman_jax.annotate", __doc__, (_add_fetch, _add_pose), arguments)
 
 
 if __name__ == "__main__":

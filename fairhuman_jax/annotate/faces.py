@@ -75,7 +75,8 @@ class MediaPipeFaces:
             raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
         whole = letterbox(*picture.shape[:2])
         seen = [self._decoded(name, picture, whole) for name in DETECTORS]
-        scores, values = merge_detections(*map(np.concatenate, zip(*seen, strict=True)))
+        all_scores, all_values = (np.concatenate(part) for part in zip(*seen, strict=True))
+        scores, values = merge_detections(all_scores, all_values)
         corners = whole.to_picture(values.reshape(len(values), -1, 2))
         found = [self._face(picture, at, float(score)) for at, score in zip(corners, scores, strict=True)]
         return sorted((face for face in found if face is not None), key=lambda face: -face.area)

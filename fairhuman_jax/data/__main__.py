@@ -6,6 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from fairhuman_jax.commands import add_command, run_commands
 from fairhuman_jax.data.check import check_folder, sheet
 from fairhuman_jax.data.check_subjects import check_subjects, subject_sheet
 from fairhuman_jax.data.subject_folder import SPLITS
@@ -27,45 +28,29 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def _add_check(commands) -> None:
-    parser = commands.add_parser("check", help=check.__doc__)
+    parser = add_command(commands, check)
     parser.add_argument("folder", type=Path, help="of metadata.jsonl, or of image_ids_train.txt with its files")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write a picture of samples with their masks")
     parser.add_argument("--resolution", type=int, default=1024, help="of the training to come (default 1024)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
-    parser.set_defaults(run=check)
 
 
-def tfds(arguments: argparse.Namespace) -> int:
+def tfds(arguments: argparse.Namespace) -> None:
     """Write a metadata.jsonl folder as a TFDS data set of ArrayRecord files; needs no TensorFlow."""
     folder, bad = build_tfds(arguments.folder, arguments.out, on_error=arguments.on_error)
     print(f"{folder}: written, {bad} bad samples left out")
-    return 0
 
 
 def _add_tfds(commands) -> None:
-    parser = commands.add_parser("tfds", help=tfds.__doc__)
+    parser = add_command(commands, tfds)
     parser.add_argument("folder", type=Path, help="the metadata.jsonl folder")
     parser.add_argument("out", type=Path, help="TFDS's data_dir; the set goes to OUT/fair_human/1.0.0")
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a bad sample (default stop)")
-    parser.set_defaults(run=tfds)
-
-
-# One function per subcommand: each adds its parser and names what to run.
-SUBCOMMANDS = (_add_check, _add_tfds)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run; `arguments` default to the command line's. Exit codes: 0, 1 (problems found), 2 (cannot run)."""
-    parser = argparse.ArgumentParser(prog="python -m fairhuman_jax.data", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for add in SUBCOMMANDS:
-        add(commands)
-    chosen = parser.parse_args(arguments)
-    try:
-        code = chosen.run(chosen)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-    parser.exit(code)
+    run_commands("python -m fairhuman_jax.data", __doc__, (_add_check, _add_tfds), arguments)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,17 @@
-"""What all command lines do: refuse in one line, keep compiled programs, make the most of CPUs."""
+"""What all doors do: keep compiled programs, make the most of CPUs."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import jax
 from platformdirs import user_cache_dir
 
-from fairhuman_jax.config import ConfigError
-
-USER_ERRORS = (ConfigError, FileNotFoundError, ValueError, OSError)
 YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 YNNPACK_BFLOAT16 = ",".join(f"LIBRARY_FUSION_TYPE_{part}" for part in ("INDIVIDUAL_DOT", "DOT", "REDUCE"))
-
-
-def add_debug(parser: argparse.ArgumentParser) -> None:
-    """The option that shows where an error came from."""
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
-
-
-def refuse(parser: argparse.ArgumentParser, error: Exception, debug: bool) -> NoReturn:
-    """One line that says what was wrong, and exit code 2."""
-    if debug:
-        raise error
-    parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
 
 
 def keep_compiled_programs() -> None:
@@ -45,6 +29,11 @@ def choose_cpu_kernels(dtype: str = "float32") -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if YNNPACK not in flags and version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}={YNNPACK_BFLOAT16 if dtype == 'bfloat16' else ''}".strip()
+
+
+def dtype_of(system: Any) -> str:
+    """The dtype that a system's configuration computes in; one of somebody's own may not say."""
+    return getattr(system, "dtype", "float32")
 
 
 def make_every_core_a_device(batch_size: int) -> None:

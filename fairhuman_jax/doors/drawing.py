@@ -94,7 +94,7 @@ def _write(options: argparse.Namespace, model: Model, job: Job, image: np.ndarra
     recipe = {name: _plain(value) for name, value in vars(options).items() if name not in LEFT_OUT}
     height, width = model.size
     recipe |= {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, "scheduler": model.scheduler}
-    if job.references:
+    if job.name:
         recipe["reference"] = _plain(list(job.references))
     metadata = PngInfo()
     metadata.add_text("parameters", json.dumps(recipe))

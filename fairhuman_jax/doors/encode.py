@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 
+from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse
 from fairhuman_jax.config import load_config
 from fairhuman_jax.data.shards import SHARD_BYTES
-from fairhuman_jax.doors.common import USER_ERRORS, add_debug, choose_cpu_kernels, keep_compiled_programs, refuse
+from fairhuman_jax.doors.common import choose_cpu_kernels, dtype_of, keep_compiled_programs
 from fairhuman_jax.training.encode import encode_folder
 
 
@@ -30,7 +31,7 @@ def encode_door(arguments: Sequence[str] | None = None) -> None:
     keep_compiled_programs()
     try:
         config = load_config(options.config, options.set)
-        choose_cpu_kernels(getattr(config.system, "dtype", "float32"))
+        choose_cpu_kernels(dtype_of(config.system))
         system = config.system.build()
         _, params = system.init(jax.random.key(config.train.seed))
         size = options.shard_megabytes << 20

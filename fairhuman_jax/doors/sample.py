@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from fairhuman_jax.commands import USER_ERRORS, refuse
 from fairhuman_jax.diffusion import rule_of
-from fairhuman_jax.doors.common import USER_ERRORS, choose_cpu_kernels, keep_compiled_programs, refuse, split_cpu
+from fairhuman_jax.doors.common import choose_cpu_kernels, keep_compiled_programs, split_cpu
 from fairhuman_jax.doors.drawing import Job, Model, draw_jobs, stem
 from fairhuman_jax.doors.pictures import Pictures, read_pictures
 from fairhuman_jax.doors.sample_options import check_options, fill_in, read_prompts, sample_parser

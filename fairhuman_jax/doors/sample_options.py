@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
+from fairhuman_jax.commands import add_debug
 from fairhuman_jax.diffusion import RULES
-from fairhuman_jax.doors.common import add_debug
 from fairhuman_jax.doors.pictures import Size
 from fairhuman_jax.doors.subjects import add_subject_options, check_subject_options
 from fairhuman_jax.systems.humansd import REFERENCE_ADDED, REFERENCE_NEGATIVE, REFERENCE_SCHEDULER

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse
 from fairhuman_jax.config import ConfigError, describe, load_config
 from fairhuman_jax.doors.common import (
-    USER_ERRORS,
-    add_debug,
     choose_cpu_kernels,
+    dtype_of,
     keep_compiled_programs,
     make_every_core_a_device,
-    refuse,
 )
 from fairhuman_jax.training.checkpoint import has_checkpoint
 from fairhuman_jax.training.config import RunConfig
@@ -92,7 +91,7 @@ def _run(options: argparse.Namespace, config: RunConfig, arguments: Sequence[str
     if together and not options.distributed and None in peers:
         raise ConfigError("--coordinator, --processes and --process go together")
     keep_compiled_programs()
-    choose_cpu_kernels(getattr(config.system, "dtype", "float32"))  # a system of one's own may have none
+    choose_cpu_kernels(dtype_of(config.system))
     if not together:
         refuse_one_of_many()
         make_every_core_a_device(config.train.batch_size // config.train.accumulate)

@@ -22,7 +22,7 @@ from fairhuman_jax.models import CLIPVision, Postfuse
 from fairhuman_jax.systems.conditioning import Conditioning
 from fairhuman_jax.systems.contract import Batch, PreviewConfig, sample_keys
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
-from fairhuman_jax.systems.pipelines import computing_in, open_pipeline
+from fairhuman_jax.systems.pipelines import computing_in, open_pipeline, trained
 from fairhuman_jax.systems.staged import StagedRequest, draw_delayed, make_staged_request
 from fairhuman_jax.systems.subjects import SubjectDiffusion, subject_batch
 from fairhuman_jax.weights import (
@@ -145,7 +145,7 @@ class SubjectModel(SubjectDiffusion):
         if self.config.image_layers:
             frozen["image_encoder"], last = parted(parts["image_encoder"], self.config.image_layers)
             trainable["image_encoder"] = last
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable), frozen
+        return trained(trainable), frozen
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"output", "target" [B, h, w, c], "mask" [B, h, w, 1], "masked" [B], "columns": attention of each layer}.
@@ -270,7 +270,7 @@ class SceneModel(LatentDiffusion):
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """The base's denoiser in float32, and what stays frozen."""
         frozen = {name: params for name, params in self.pipeline.params.items() if name != "unet"}
-        return {"unet": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.pipeline.params["unet"])}, frozen
+        return {"unet": trained(self.pipeline.params["unet"])}, frozen
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"output", "target": [B, h, w, c]}."""

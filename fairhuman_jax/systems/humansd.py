@@ -21,7 +21,7 @@ from fairhuman_jax.losses import denoising_loss, heatmap_mask, heatmap_weight, h
 from fairhuman_jax.models import HigherHRNet, stage_mean
 from fairhuman_jax.systems.contract import Batch, PreviewConfig, check_fixed, sample_keys
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
-from fairhuman_jax.systems.pipelines import computing_in, open_pipeline
+from fairhuman_jax.systems.pipelines import computing_in, open_pipeline, trained
 from fairhuman_jax.systems.sampling import check_pose_latent
 from fairhuman_jax.weights import Pipeline, save_pipeline
 from fairhuman_jax.weights.mmpose import load_pose_network
@@ -129,7 +129,7 @@ class HumanSD(LatentDiffusion):
         frozen = {name: params for name, params in self.pipeline.params.items() if name != "unet"}
         if self.pose_variables is not None:
             frozen["pose_network"] = self.pose_variables
-        unet = jax.tree.map(lambda x: x.astype(jnp.float32), self.pipeline.params["unet"])
+        unet = trained(self.pipeline.params["unet"])
         own, pose = jnp.split(unet["conv_in"]["kernel"], 2, axis=2)
         return {"unet": unet | {"conv_in": unet["conv_in"] | {"kernel": own}}, "pose_kernel": pose}, frozen
 

@@ -66,10 +66,24 @@ def computing_in(pipeline: Pipeline, dtype: jnp.dtype) -> Pipeline:
     """The pipeline with denoiser and text encoders computing in `dtype`, the latter's parameters in it too."""
     params = dict(pipeline.params)
     for name in pipeline.text_encoder_names:
-        params[name] = jax.tree.map(lambda leaf: _cast(leaf, dtype), params[name])
+        params[name] = in_dtype(params[name], dtype)
     encoders = tuple(encoder.clone(dtype=dtype) for encoder in pipeline.text_encoders)
     unet = pipeline.unet.clone(dtype=dtype)
     return dataclasses.replace(pipeline, unet=unet, text_encoders=encoders, params=params)
+
+
+def trained(params: PyTree) -> PyTree:
+    """Parameters as they train: in float32, whatever they are stored and computed in."""
+    return in_dtype(params, jnp.dtype("float32"))
+
+
+def in_dtype(params: PyTree, dtype: jnp.dtype) -> PyTree:
+    """Arrays, or shapes of such, in `dtype`."""
+
+    def cast(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
+
+    return jax.tree.map(cast, params)
 
 
 def open_staged(
@@ -113,7 +127,3 @@ def _check_fit(path: str, net: ControlNet | T2IAdapter, pipeline: Pipeline) -> N
         what = "makes features of widths"
     if ours != theirs:
         raise ValueError(f"{path} {what} {theirs}, but the base has {ours}: it was made for another base")
-
-
-def _cast(leaf: Any, dtype: jnp.dtype) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)

@@ -20,7 +20,7 @@ from fairhuman_jax.losses import denoising_loss, min_snr_weight
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
 from fairhuman_jax.systems.contract import Batch
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
-from fairhuman_jax.systems.pipelines import open_pipeline
+from fairhuman_jax.systems.pipelines import open_pipeline, trained
 from fairhuman_jax.weights import Pipeline, load_model, load_tokenizer, save_pipeline
 
 PyTree = Any
@@ -86,7 +86,7 @@ class TextToImage(LatentDiffusion):
         trainable = {}
         for name, network_key in zip(networks, jax.random.split(key), strict=True):
             if name in self.pipeline.params:
-                trainable[name] = jax.tree.map(lambda x: x.astype(jnp.float32), self.pipeline.params[name])
+                trainable[name] = trained(self.pipeline.params[name])
             else:
                 network = networks[name]
                 trainable[name] = jax.jit(network.init)(network_key, *network.example_inputs())["params"]

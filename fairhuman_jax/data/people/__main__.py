@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fairhuman_jax.commands import add_command, run_commands
 from fairhuman_jax.data.export import export_folder
 from fairhuman_jax.data.people.conditions import CONDITIONS
 from fairhuman_jax.data.people.dataset import PeopleDataset
@@ -43,7 +44,7 @@ def sheet(arguments: argparse.Namespace) -> None:
 
 
 def _add_sheet(commands) -> None:
-    parser = commands.add_parser("sheet", help=sheet.__doc__)
+    parser = add_command(commands, sheet)
     parser.add_argument("out", type=Path, help="picture to write")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--size", type=int, default=128, help="pixels of a sample")
@@ -53,7 +54,6 @@ def _add_sheet(commands) -> None:
     parser.add_argument("--tile", type=int, default=192, help="pixels a sample is enlarged to")
     parser.add_argument("--framing", default=None, help="force one framing, for example 'portrait'")
     parser.add_argument("--conditioning", **CONDITIONING, help="show the control images alone, of this style")
-    parser.set_defaults(run=sheet)
 
 
 def subjects(arguments: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def subjects(arguments: argparse.Namespace) -> None:
 
 
 def _add_subjects(commands) -> None:
-    parser = commands.add_parser("subjects", help=subjects.__doc__)
+    parser = add_command(commands, subjects)
     parser.add_argument("out", type=Path, help="picture to write")
     parser.add_argument("--count", type=int, default=8, help="scenes")
     parser.add_argument("--identities", type=int, default=None, help="people in them (default: as many as scenes)")
@@ -87,16 +87,12 @@ def _add_subjects(commands) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--columns", type=int, default=1, help="scenes in a row")
     parser.add_argument("--tile", type=int, default=128, help="pixels a picture is shown with")
-    parser.set_defaults(run=subjects)
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Write samples as a metadata.jsonl folder: pictures, captions, face and hand masks, control images if wanted."""
     people = PeopleDataset(arguments.size, arguments.count, arguments.seed, conditioning=arguments.conditioning)
-    try:
-        path = export_folder(people, arguments.folder, report=_progress)
-    except FileExistsError as error:
-        raise SystemExit(f"error: {error}") from None
+    path = export_folder(people, arguments.folder, report=_progress)
     print(f"{path}: {arguments.count} samples of {arguments.size} px, seed {arguments.seed}")
 
 
@@ -106,27 +102,17 @@ def _progress(done: int, count: int) -> None:
 
 
 def _add_export(commands) -> None:
-    parser = commands.add_parser("export", help=export.__doc__)
+    parser = add_command(commands, export)
     parser.add_argument("folder", type=Path, help="empty or new folder")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--size", type=int, default=128, help="pixels of a sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--conditioning", **CONDITIONING, help="draw control images of this style")
-    parser.set_defaults(run=export)
-
-
-# One function per subcommand: each adds its parser and names what to run.
-SUBCOMMANDS = (_add_sheet, _add_subjects, _add_export)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse and run; `arguments` default to the command line's."""
-    parser = argparse.ArgumentParser(prog="python -m fairhuman_jax.data.people", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for add in SUBCOMMANDS:
-        add(commands)
-    chosen = parser.parse_args(arguments)
-    chosen.run(chosen)
+    """Parse and run; `arguments` default to the command line's. Exit codes: 0, 2 (cannot run)."""
+    run_commands("python -m fairhuman_jax.data.people", __doc__, (_add_sheet, _add_subjects, _add_export), arguments)
 
 
 if __name__ == "__main__":
