@@ -26,8 +26,11 @@ IMAGE_ENCODER = {
     "patch_size": 8,
     "projection_dim": 192,
 }
-# References are other pictures of the person than the scene, so nothing can be copied: their colours stay.
-PEOPLE = SubjectConfig(max_objects=2, object_resolution=SIDE, identities=768, references=4, pairs=0.25, augment=False)
+# What people look like is for their pictures to tell. These are others than the scene, so nothing can be copied, and
+# colours stay as they are.
+PEOPLE = SubjectConfig(
+    max_objects=2, object_resolution=SIDE, identities=768, references=4, pairs=0.25, augment=False, looks=False
+)
 PROMPTS = (
     "a photo of a woman <|image|> wearing a red t-shirt, white background",
     "a photo of a man <|image|> wearing a green sweater, dark background",
@@ -39,11 +42,18 @@ PROMPTS = (
 def config() -> RunConfig:
     """All of a small image encoder trains, from scratch; denoising and localization are summed."""
     return RunConfig(
-        system=SubjectModelConfig(base="people", image_encoder=IMAGE_ENCODER, image_layers=0, max_objects=2),
+        system=SubjectModelConfig(
+            base="people",
+            image_encoder=IMAGE_ENCODER,
+            image_layers=0,
+            max_objects=2,
+            localization_weight=0.03,
+            localization_normalize=True,
+        ),
         output="runs/people_sdm",
         data=DataConfig(length=3_072, held_out=128, resolution=64, seed=3, subjects=PEOPLE),
         optimizer=OptimizerConfig(
-            learning_rate=3e-4,
+            learning_rate=5e-4,
             schedule="cosine",
             warmup_steps=20,
             rate_scales=(("image_encoder", 3.0), ("postfuse", 3.0)),

@@ -46,11 +46,15 @@ FEW = 2048  # pictures, below which the covariance of Inception's features has n
 
 def fetch(options: argparse.Namespace) -> None:
     """Fetch Inception and the networks of faces from PyPI and npm, check their hashes and keep them in the cache."""
-    print("\n".join(map(str, [fetch_inception(), fetch_identity(), *fetch_models()])))
+    chosen = options.only or ("inception", "faces")
+    paths = [fetch_inception()] if "inception" in chosen else []
+    paths += [fetch_identity(), *fetch_models()] if "faces" in chosen else []
+    print("\n".join(map(str, paths)))
 
 
 def _add_fetch(commands) -> None:
-    add_command(commands, fetch)
+    parser = add_command(commands, fetch)
+    parser.add_argument("--only", nargs="+", choices=("inception", "faces"), help="for fid and kid, or for identity")
 
 
 def pose(options: argparse.Namespace) -> None:

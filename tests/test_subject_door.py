@@ -63,6 +63,11 @@ def test_two_people_are_drawn_with_recipe_and_maps(models, tmp_path):
     maps = Image.open(tmp_path / "b" / names[1].replace(".png", "-maps.png"))
     assert maps.size == (2 * 64, 3 * 64)  # two fused rows; mask and two saliencies
 
+    rows = ["--stages", "1,3", "--seed", "1", "--output", str(tmp_path / "d")]
+    sample_door(options(models, "--scene", str(models / "scene"), "--steps", "4", *rows))
+    same = np.asarray(Image.open(tmp_path / "d" / names[1]), int)
+    assert np.abs(same - again).max() <= 1
+
     sample_door(options(models, "--delayed", "--steps", "4", "--output", str(tmp_path / "c")))
     alone = np.asarray(Image.open(tmp_path / "c" / names[0]), int)
     assert np.abs(alone - np.asarray(first, int)).max() > 2
@@ -106,6 +111,10 @@ def test_a_plan_names_its_pictures_and_is_taken_up_where_it_stopped(models, tmp_
         ),
         (lambda given, _: [*given, "--guidance", "1"], "staged drawing needs more than 1"),
         (lambda given, _: [*given, "--alpha", "0.9", "--beta", "0.1", "--save-maps"], "no step is fused"),
+        (lambda given, _: [*given, "--stages", "2,1", "--save-maps"], "no step is fused between rows 2 and 1"),
+        (lambda given, _: [*given, "--stages", "1,2", "--alpha", "0"], "give one of the two"),
+        (lambda given, _: [*given, "--stages", "1"], "write two numbers, as in 15,30"),
+        (lambda given, _: [*given[:1], *given[3:], "--delayed", "--gains", "1,2"], "--gains is of the fusion"),
         (lambda given, _: [*given, "--lora", "x"], "it takes no --lora"),
         (lambda given, _: [*given, "--delayed"], "needs --scene with the scene model, or --delayed"),
         (lambda given, folder: [*given[:-1], f"--reference={folder / 'none.png'}"], "none.png: no such file"),

@@ -101,10 +101,17 @@ def cached_people(
 
 
 def cached_subjects(
-    size: int, length: int, seed: int, view_size: int, identities: int | None = None, pairs: float = 0, count: int = 4
+    size: int,
+    length: int,
+    seed: int,
+    view_size: int,
+    identities: int | None = None,
+    pairs: float = 0,
+    count: int = 4,
+    looks: bool = True,
 ) -> PeopleSubjects:
     """Scenes of the people world with `count` views of each person, in pictures of `view_size` pixels, kept as
-    `cached_people` keeps its samples. The other arguments are those of PeopleScenes."""
+    `cached_people` keeps its samples; `looks` is of PeopleSubjects, the other arguments are those of PeopleScenes."""
     scenes = PeopleScenes(size, length, seed, identities, pairs)
     views = PeopleViews(view_size, scenes.identities, seed, count)
     people = f"{scenes.identities}people"
@@ -112,7 +119,7 @@ def cached_subjects(
         _kept(scenes, f"scenes-{size}px-seed{seed}-{length}-{people}-pairs{pairs}", _arrays),
         _kept(views, f"views-{view_size}px-seed{seed}-{people}x{count}", _arrays),
     )
-    return PeopleSubjects(CachedArrays(stored[0]), CachedArrays(stored[1]), count)
+    return PeopleSubjects(CachedArrays(stored[0]), CachedArrays(stored[1]), count, looks)
 
 
 def _kept(source: Source, name: str, rows: Rows) -> Path:

@@ -24,7 +24,8 @@ class SubjectConfig:
     object_types: labels that count, () for any; appear_prob: of each object; uncondition_prob: of no caption and no
     object, text_only_prob: of the caption alone; augment: change the objects' pictures at random. Of the people world
     alone: identities: how many people a set shows, None for another one in each sample; references: pictures of each,
-    in other clothes and poses, that the objects' pictures are taken from; pairs: share of samples with two people.
+    in other clothes and poses, that the objects' pictures are taken from; pairs: share of samples with two people;
+    looks: captions say what people look like, which the pictures of them need not tell then.
     """
 
     max_objects: int = 4
@@ -37,6 +38,7 @@ class SubjectConfig:
     identities: int | None = None
     references: int = 4
     pairs: float = 0.25
+    looks: bool = True
 
     def __post_init__(self) -> None:
         if self.max_objects < 1 or self.object_resolution < 8:

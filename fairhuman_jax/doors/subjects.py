@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,8 @@ from fairhuman_jax.systems.staged import FaceDiffuser, StagedRequest, draw_delay
 from fairhuman_jax.weights import MARKER
 
 SCHEDULER = "pndm"  # the published one
-OWN = (
-    "reference",
-    "plan",
-    "scene",
-    "delayed",
-    "alpha",
-    "beta",
-    "subject_guidance",
-    "baseline",
-    "soft_mask",
-    "save_maps",
-)
+FUSION = ("beta", "stages", "baseline", "soft_mask", "gains", "per_channel", "save_maps")  # what --delayed leaves out
+OWN = ("reference", "plan", "scene", "delayed", "alpha", "subject_guidance", *FUSION)
 SHOWN_ROWS = 8  # of stage 2, in pictures of maps
 SHOWN = 64  # pixels a side of a map
 OTHERS = ("lora", "controlnet", "adapter", "condition", "init_image", "mask", "pose", "pose_of", "long_prompt")
@@ -61,16 +51,36 @@ def add_subject_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--delayed", action="store_true", help="the subject model alone, as FastComposer draws")
     group.add_argument("--alpha", type=float, default=None, help="share of steps before subjects come in (default 0.3)")
     group.add_argument("--beta", type=float, default=None, help="share before the subject model is alone (default 0.6)")
+    group.add_argument(
+        "--stages", type=_two(int), default=None, metavar="START,FINAL", help="the last rows of both stages, not shares"
+    )
     group.add_argument("--subject-guidance", type=float, default=None, metavar="G", help="default: --guidance")
     group.add_argument("--baseline", choices=BASELINES, default=None, help="what the subject model is guided from")
     group.add_argument("--soft-mask", type=float, default=None, metavar="T", help="blend, at this temperature")
+    group.add_argument(
+        "--gains", type=_two(float), default=None, metavar="SCENE,SUBJECT", help="of either model in the fusion"
+    )
+    group.add_argument("--per-channel", action="store_true", help="a mask for each channel of the latents")
     group.add_argument("--save-maps", action="store_true", help="masks and saliency of the fused steps as pictures")
+
+
+def _two(kind: type) -> Callable[[str], tuple[Any, Any]]:
+    """The type of an option that takes two numbers, as in 15,30."""
+
+    def read(text: str) -> tuple[Any, Any]:
+        try:
+            first, second = map(kind, text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: write two numbers, as in 15,30") from None
+        return first, second
+
+    return read
 
 
 def check_subject_options(options: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
     chosen = options.system == "facediffuser"
-    given = [name for name in OWN if getattr(options, name)]
+    given = [name for name in OWN if getattr(options, name) not in (None, False, [])]
     if not chosen:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} needs --system facediffuser")
@@ -83,9 +93,9 @@ def check_subject_options(options: argparse.Namespace) -> None:
         raise ValueError("--system facediffuser needs --reference, one for each marker of the prompt, or --plan")
     if options.delayed == (options.scene is not None):
         raise ValueError("--system facediffuser needs --scene with the scene model, or --delayed to draw without one")
-    if options.delayed and (
-        fused := [name for name in ("beta", "baseline", "soft_mask", "save_maps") if name in given]
-    ):
+    if options.stages and (options.alpha is not None or options.beta is not None):
+        raise ValueError("--stages says in rows what --alpha and --beta say as shares: give one of the two")
+    if options.delayed and (fused := [name for name in FUSION if name in given]):
         raise ValueError(f"--{fused[0].replace('_', '-')} is of the fusion, which --delayed leaves out")
     for path in map(reference_path, options.reference):
         if not path.is_file():
@@ -136,7 +146,7 @@ def subject_model(options: argparse.Namespace, jobs: Sequence[Job]) -> Model:
     for job in {job.prompt: job for job in jobs}.values():  # refuses what does not fit before anything is drawn
         asked = request([job])
         if asked.stages and asked.stages[1] <= asked.stages[0]:
-            raise ValueError(f"--save-maps: no step is fused between --alpha and --beta, rows {asked.stages}")
+            raise ValueError(f"--save-maps: no step is fused between rows {asked.stages[0]} and {asked.stages[1]}")
     program, keep = _program(options, system)
     return Model("", params, size, options.scheduler or SCHEDULER, request, program, keep=keep)
 
@@ -157,7 +167,10 @@ def _request(
     size: tuple[int, int],
     group: Sequence[Job],
 ) -> StagedRequest:
-    shares = {name: value for name in ("alpha", "beta", "baseline") if (value := getattr(options, name)) is not None}
+    names = ("alpha", "beta", "baseline", "gains")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.stages:
+        given |= dict(zip(("start_merge_step", "final_step"), options.stages, strict=True))
     return make_staged_request(
         system,
         [job.prompt for job in group],
@@ -170,8 +183,9 @@ def _request(
         negative=options.negative,
         scheduler=options.scheduler,
         temperature=options.soft_mask,
+        per_channel=options.per_channel,
         constant_stages=options.save_maps,
-        **shares,
+        **given,
     )
 
 

@@ -79,6 +79,7 @@ def open_source(config: DataConfig) -> Source:
                 people.identities,
                 people.pairs,
                 people.references,
+                people.looks,
             )
         drawn = None if config.conditioning == "humansd" else config.conditioning  # those come with the crop
         return cached_people(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from fairhuman_jax.data import cache
 from fairhuman_jax.data.people import PeoplePack, render
-from fairhuman_jax.data.people.captions import Seen, noun_ends, pair_captions
+from fairhuman_jax.data.people.captions import Seen, noun_ends, pair_captions, without_looks
 from fairhuman_jax.data.people.render import draw, identity_vector
 from fairhuman_jax.data.people.subjects import PAIR_GESTURES, PeopleScenes, PeopleSubjects, PeopleViews
 from fairhuman_jax.data.subject_folder import MARKER
@@ -239,3 +240,15 @@ def test_numbers_that_do_not_fit_are_refused():
         PeopleScenes(SIZE, 4, SEED)[4]
     with pytest.raises(IndexError, match="index 8 outside a set of 8 pictures"):
         PeopleViews(SIZE, 4, SEED, 2)[8]
+
+
+def test_looks_are_left_to_the_references_and_the_rest_of_a_caption_stays(scenes, samples):
+    told = "a portrait of an old slim woman with long black hair wearing a teal dress and a bald man, pink background"
+    assert without_looks(told) == "a portrait of a woman wearing a teal dress and a man, pink background"
+    assert without_looks("a slim young man with short dark brown hair, laughing") == "a man, laughing"
+    views = PeopleViews(40, 8, SEED, VIEWS)
+    for whole, bare in zip(samples, PeopleSubjects(scenes, views, VIEWS, looks=False), strict=True):
+        assert not re.search(r"\b(hair|young|old|slim|heavyset|bald)\b", bare["caption"])
+        nouns = [[each["caption"][: segment.end].split()[-1] for segment in each["segments"]] for each in (whole, bare)]
+        assert nouns[0] == nouns[1] and set(nouns[1]) <= {"man", "woman"}
+        assert bare["caption"].split(",")[1:] == whole["caption"].split(",")[1:]

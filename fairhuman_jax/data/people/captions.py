@@ -31,6 +31,7 @@ HAND_ACTIONS = {
 BODY_ACTIONS = {"down": "standing", "walking": "walking", "sitting": "sitting"}
 LOOKING = "looking at the camera"
 WITH_LEGS = ("full body", "half body")
+LOOKS = re.compile(r"\ban? (?:(?:bald|slim|heavyset|young|old) )*((?:wo)?man)\b(?: with [a-z ]+? hair\b)?")
 SLIM, HEAVY, YOUNG, OLD = 0.25, 0.75, 0.3, 0.7
 
 
@@ -140,6 +141,11 @@ def pair_captions(specs: Sequence[dict], seen: Sequence[Seen]) -> tuple[str, ...
         f"a photo of {' and '.join(dressed)}, {backdrop}",
         f"{' and '.join(plain)}, {backdrop}",
     )
+
+
+def without_looks(caption: str) -> str:
+    """The caption with "a man" or "a woman" for what it says of a person's age, build and hair."""
+    return LOOKS.sub(r"a \1", caption)
 
 
 def noun_ends(caption: str) -> tuple[int, ...]:

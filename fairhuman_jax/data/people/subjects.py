@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fairhuman_jax.data.loader import Source
-from fairhuman_jax.data.people.captions import noun_ends, pair_captions
+from fairhuman_jax.data.people.captions import noun_ends, pair_captions, without_looks
 from fairhuman_jax.data.people.pack import PeoplePack
 from fairhuman_jax.data.people.paraphrase import paraphrases
 from fairhuman_jax.data.people.render import compose, draw, part_masks, render, shares
@@ -153,16 +153,19 @@ class PeopleSubjects:
 
     A sample is `image`, `caption`, `segment_map` and `people` of a scene; `segments`, one for each person, whose `end`
     is that of "man" or "woman"; and `references`: for each segment the views of that person, (picture, mask [H, W]).
+    Without `looks` captions leave to the references what people look like.
     """
 
-    def __init__(self, scenes: Source, views: Source, count: int) -> None:
-        self.scenes, self.views, self.count = scenes, views, count
+    def __init__(self, scenes: Source, views: Source, count: int, looks: bool = True) -> None:
+        self.scenes, self.views, self.count, self.looks = scenes, views, count, looks
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scenes[index]
+        if not self.looks:
+            scene = scene | {"caption": without_looks(scene["caption"])}
         masks = [scene["segment_map"] == k for k in (1, 2)]
         named = zip(masks, noun_ends(scene["caption"]), scene["people"].tolist(), strict=False)
         shown = [(k, mask, end, person) for k, (mask, end, person) in enumerate(named, 1) if mask.any()]
