@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,20 +29,6 @@ def gram_matrix(task_grads: PyTree, scale: float | Array = 1.0) -> Array:
     # Sorted before they are summed: XLA's CPU compiler fuses a plain sum of N terms, whole, into each of its consumers,
     # which takes minutes to compile; a sort is never fused.
     return jnp.sum(jnp.sort(jnp.stack([leaf_gram(leaf) for leaf in jax.tree.leaves(task_grads)]), axis=0), axis=0)
-
-
-def gram_of_each(gradients: Sequence[PyTree]) -> Array:
-    """`gram_matrix` of K gradients in trees of their own, [K, K]: products leaf by leaf, of which no copy is made."""
-    leaves = [jax.tree.leaves(gradient) for gradient in gradients]
-
-    def inner(first: list[Array], second: list[Array]) -> Array:
-        pairs = zip(first, second, strict=True)
-        # Sorted for the reason given in `gram_matrix`.
-        return jnp.sum(jnp.sort(jnp.stack([jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)) for a, b in pairs])))
-
-    count = len(leaves)
-    products = {(i, j): inner(leaves[i], leaves[j]) for i in range(count) for j in range(i, count)}
-    return jnp.stack([jnp.stack([products[min(i, j), max(i, j)] for j in range(count)]) for i in range(count)])
 
 
 def gradient_scale(task_grads: PyTree) -> Array:
@@ -99,17 +83,6 @@ def combine_weighted(task_grads: PyTree, weights: Array, scale: float | Array = 
         return jnp.sum(factors * (leaf.astype(jnp.float32) * scale), axis=0)
 
     return jax.tree.map(leaf_sum, task_grads)
-
-
-def combine_each(gradients: Sequence[PyTree], weights: Array) -> PyTree:
-    """`combine_weighted` of K gradients in trees of their own."""
-    weights = weights.astype(jnp.float32)
-
-    def leaf_sum(*leaves: Array) -> Array:
-        terms = [weight * leaf.astype(jnp.float32) for weight, leaf in zip(weights, leaves, strict=True)]
-        return functools.reduce(jnp.add, terms)
-
-    return jax.tree.map(leaf_sum, *gradients)
 
 
 def gram_product(gram: Array, weights: Array) -> Array:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fairhuman_jax.losses import Combiner, combine_weighted, gram_matrix, make_combiner
-from fairhuman_jax.losses.gram import combine_each, gram_of_each
 from fairhuman_jax.systems.contract import Batch, System
 from fairhuman_jax.training.objectives import Linearised, linearise, mean_over_micro_batches
 from fairhuman_jax.training.sharding import AXES, DATA, FSDP, is_split, unbox
@@ -162,13 +161,8 @@ class Combining:
                 f"train.accumulate={self.accumulate} micro-batches; use fair.gradients=sequential, or accumulate=1"
             )
 
-        apart = self.fair.gradients == "sequential" and rule.reads == "gram"
-
         def gradients_and_losses(here: Linearised) -> tuple[PyTree, jax.Array]:
-            if self.fair.gradients != "sequential":
-                return here.pull_all(), here.losses
-            each = here.pull_each()
-            return (each if apart else jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)), here.losses
+            return (here.pull_each() if self.fair.gradients == "sequential" else here.pull_all()), here.losses
 
         if self.accumulate == 1:
             here = point(batch)
@@ -177,17 +171,14 @@ class Combining:
             gradients, losses = mean_over_micro_batches(
                 lambda part: gradients_and_losses(point(part)), batch, self.accumulate
             )
-        gradients = tuple(map(self._average, gradients)) if apart else self._average(gradients)
-        gram, losses = self._exchange(self._share(gradients, apart), losses)
+        gradients = self._average(gradients)
+        gram, losses = self._exchange(gradients, losses)
         coefficients, own, info = rule.weigh(gram, state.rule, losses, key)
         if rule.reads == "gradients":
             gradient = self._mixed(rule, gradients, key)
             norm, _ = self._norm(gradient, losses)
         else:
-            if replay:
-                gradient = self._average(here.pull(coefficients))
-            else:
-                gradient = (combine_each if apart else combine_weighted)(gradients, coefficients)
+            gradient = self._average(here.pull(coefficients)) if replay else combine_weighted(gradients, coefficients)
             squared = coefficients @ jnp.matmul(gram, coefficients, precision=jax.lax.Precision.HIGHEST)
             norm = jnp.sqrt(jnp.maximum(squared, 0.0))
         metrics = {f"norm/{name}": jnp.sqrt(gram[i, i]) for i, name in enumerate(names)}
@@ -210,31 +201,28 @@ class Combining:
 
         return jax.tree.map(mean, unbox(gradient), self.specs)
 
-    def _share(self, gradients: PyTree, apart: bool = False) -> jax.Array:
-        """This device's share [K, K] of the Gram matrix of averaged gradients [K, ...], or of K trees kept `apart`.
+    def _exchange(self, gradients: PyTree, losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(Gram matrix of averaged gradients [K, ...], losses averaged over devices), by one all-reduce.
 
-        What split leaves give is there once for each row of `data`, what whole leaves give once for each device.
+        A device adds its share of the matrix: what split leaves give is there once for each row of `data`, what whole
+        leaves give once for each device.
         """
-        specs = jax.tree.leaves(self.specs)
-        trees = [jax.tree.leaves(tree) for tree in (gradients if apart else (gradients,))]
-        shares = []
-        for split, copies in ((True, jax.lax.axis_size(DATA)), (False, jax.lax.axis_size(AXES))):
-            parts = [
-                [leaf for leaf, spec in zip(tree, specs, strict=True) if is_split(spec) == split] for tree in trees
-            ]
-            if parts[0]:
-                shares.append((gram_of_each(parts) if apart else gram_matrix(parts[0])) / copies)
-        return sum(shares[1:], shares[0])
-
-    def _exchange(self, share: jax.Array, losses: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(sum of the devices' shares of a Gram matrix, losses averaged over devices), by one all-reduce."""
-        flat = jnp.concatenate([share.reshape(-1), losses / jax.lax.axis_size(AXES)])
-        total = jax.lax.psum(flat, AXES)
-        return total[: share.size].reshape(share.shape), total[share.size :]
+        count = jax.tree.leaves(gradients)[0].shape[0]
+        parts: dict[bool, list[jax.Array]] = {True: [], False: []}
+        for leaf, spec in zip(jax.tree.leaves(gradients), jax.tree.leaves(self.specs), strict=True):
+            parts[is_split(spec)].append(leaf)
+        devices = jax.lax.axis_size(AXES)
+        share = jnp.zeros((count, count), jnp.float32)
+        if parts[True]:
+            share += gram_matrix(parts[True]) / jax.lax.axis_size(DATA)
+        if parts[False]:
+            share += gram_matrix(parts[False]) / devices
+        total = jax.lax.psum(jnp.concatenate([share.reshape(-1), losses / devices]), AXES)
+        return total[: count * count].reshape(count, count), total[count * count :]
 
     def _norm(self, gradient: PyTree, losses: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(norm of an averaged gradient, losses averaged over devices)."""
-        squared, losses = self._exchange(self._share(jax.tree.map(lambda leaf: leaf[None], gradient)), losses)
+        squared, losses = self._exchange(jax.tree.map(lambda leaf: leaf[None], gradient), losses)
         return jnp.sqrt(squared[0, 0]), losses
 
     def _mixed(self, rule: Combiner, gradients: PyTree, key: jax.Array) -> PyTree:

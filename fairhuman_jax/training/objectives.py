@@ -35,17 +35,17 @@ class Linearised:
             return jax.tree.map(lambda leaf: leaf[None], self.pull(jnp.ones(1, jnp.float32)))
         return jax.vmap(self.pull)(jnp.eye(len(self.names), dtype=jnp.float32))
 
-    def pull_each(self) -> tuple[PyTree, ...]:
-        """The K gradients by K pull-backs one after the other: one set of activation gradients at a time.
+    def pull_each(self) -> PyTree:
+        """As `pull_all`, by K pull-backs one after the other: one set of activation gradients at a time.
 
-        With rematerialisation each of them recomputes the forward pass. They stay apart, each in a tree of its own.
+        With rematerialisation each of them recomputes the forward pass.
         """
-        gradients: list[PyTree] = []
+        gradients = []
         for weights in jnp.eye(len(self.names), dtype=jnp.float32):
             if gradients:  # what is pulled back next waits for the gradient before it
                 weights, gradients[-1] = jax.lax.optimization_barrier((weights, gradients[-1]))
             gradients.append(self.pull(weights))
-        return tuple(gradients)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
 
 
 def linearise(system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Linearised:
