@@ -37,18 +37,19 @@ from fairhuman_jax.data.people.palette import BACKGROUNDS, TOPS
 from fairhuman_jax.data.people.spec import sample_spec
 from fairhuman_jax.data.people.subjects import PeopleScenes, PeopleSubjects
 from fairhuman_jax.data.subject_transforms import NOISE, bounds, cut
-from fairhuman_jax.doors.common import choose_cpu_kernels
+from fairhuman_jax.doors.common import choose_cpu_kernels, make_every_core_a_device
 from fairhuman_jax.evaluation.identity import identity_similarity
 from fairhuman_jax.systems.pipelines import open_staged
 from fairhuman_jax.systems.staged import FaceDiffuser, StagedRequest, draw_delayed, make_staged_request
 from fairhuman_jax.training.logging import table
+from fairhuman_jax.training.sharding import make_mesh, replicate, shard_rows
 from fairhuman_jax.weights import MARKER
 
 SIDE, SEEN = 64, 48  # pixels of a picture, and of what the ruler sees of it
 RULER_SEED, TEST_SEED = 1_001, 1_002  # apart from the configurations' seed
-RULER_PEOPLE, VIEWS, SCENES, PAIRS = 640, 4, 3, 0.3
+RULER_PEOPLE, VIEWS, SCENES, PAIRS = 1_280, 4, 3, 0.3
 WIDTH, COLOURS, SCALE = 64, tuple(TOPS), 16.0
-BATCH, SHOWN = 32, 128
+BATCH, RULER_BATCH, SHOWN = 32, 128, 128
 ALPHA, BETA = 0.3, 0.6
 
 
@@ -138,14 +139,15 @@ def train_ruler(pictures: np.ndarray, who: np.ndarray, tops: np.ndarray, steps: 
         updates, state = optimizer.update(jax.grad(loss)(params, *batch), state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
+    mesh = make_mesh()
+    params, state = replicate(mesh, (params, optimizer.init(params)))
     for _ in range(steps):
-        rows = rng.integers(len(pictures), size=128)
-        shown = pictures[rows] + rng.normal(0, 0.03, (128, 1, 1, 3)).astype(np.float32)
-        shown = np.where(rng.random((128, 1, 1, 1)) < 0.5, shown, shown[:, :, ::-1])
+        rows = rng.integers(len(pictures), size=RULER_BATCH)
+        shown = pictures[rows] + rng.normal(0, 0.03, (RULER_BATCH, 1, 1, 3)).astype(np.float32)
+        shown = np.where(rng.random((RULER_BATCH, 1, 1, 1)) < 0.5, shown, shown[:, :, ::-1])
         shown = np.roll(shown, rng.integers(-3, 4, 2), (1, 2))
-        params, state = step(params, state, shown, who[rows], tops[rows])
-    return params["ruler"]
+        params, state = step(params, state, *shard_rows(mesh, (shown, who[rows], tops[rows]), RULER_BATCH))
+    return jax.device_get(params["ruler"])
 
 
 def measured(params: Any, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="a picture: first pairs, then people; references, TDM, SDM, SNF")
     options = parser.parse_args()
     choose_cpu_kernels()
+    make_every_core_a_device(RULER_BATCH)
 
     system, params = open_staged(options.subject, options.scene, slots=2)
     pictures, who, tops = rendered(RULER_SEED, RULER_PEOPLE)
