@@ -31,6 +31,7 @@ import optax
 from PIL import Image
 from scipy import stats
 
+from fairhuman_jax.config import load_config
 from fairhuman_jax.data.cache import cached_subjects
 from fairhuman_jax.data.object_augmentation import squared
 from fairhuman_jax.data.people.palette import BACKGROUNDS, TOPS
@@ -39,12 +40,15 @@ from fairhuman_jax.data.people.subjects import PeopleScenes, PeopleSubjects
 from fairhuman_jax.data.subject_transforms import NOISE, bounds, cut
 from fairhuman_jax.doors.common import choose_cpu_kernels, make_every_core_a_device
 from fairhuman_jax.evaluation.identity import identity_similarity
+from fairhuman_jax.systems.facediffuser import SubjectModelConfig
 from fairhuman_jax.systems.pipelines import open_staged
 from fairhuman_jax.systems.staged import FaceDiffuser, StagedRequest, draw_delayed, make_staged_request
+from fairhuman_jax.training.datasets import held_out_batches, open_data
 from fairhuman_jax.training.logging import table
 from fairhuman_jax.training.sharding import make_mesh, replicate, shard_rows
 from fairhuman_jax.weights import MARKER
 
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "people_sdm.py"
 SIDE, SEEN = 64, 48  # pixels of a picture, and of what the ruler sees of it
 RULER_SEED, TEST_SEED = 1_001, 1_002  # apart from the configurations' seed
 RULER_PEOPLE, VIEWS, SCENES, PAIRS = 1_280, 4, 3, 0.3
@@ -190,6 +194,33 @@ class People:
         return found / np.linalg.norm(found, axis=-1, keepdims=True)
 
 
+def errors(subject: str) -> dict[str, float]:
+    """Held-out denoising error of the subject model at evenly spread times, by whose pictures it is given: those of the
+    people in the sample, of others (as many), or black ones."""
+    config = load_config(CONFIG)
+    system = SubjectModelConfig(base=subject, image_encoder=None, image_layers=0, max_objects=2, mask_prob=0.0).build()
+    trainable, frozen = system.init(jax.random.key(0))
+    batches = held_out_batches(open_data(config.data)[1], system, config.data, BATCH)
+
+    @jax.jit
+    def error(batch: dict[str, Any]) -> jax.Array:
+        prediction = system.predict(trainable, frozen, batch, jax.random.key(1))
+        return system.objectives(prediction, batch)["denoising"]
+
+    def strangers(batch: dict[str, Any]) -> np.ndarray:
+        pictures = batch["object_pixels"].copy()
+        for count in np.unique(batch["num_objects"]):
+            rows = np.flatnonzero(batch["num_objects"] == count)
+            pictures[rows] = pictures[np.roll(rows, 1)]
+        return pictures
+
+    given = {"own": lambda b: b["object_pixels"], "another's": strangers, "black": lambda b: 0 * b["object_pixels"]}
+    return {
+        name: float(np.mean([error(b | {"object_pixels": pictures(b)}) for b in batches]))
+        for name, pictures in given.items()
+    }
+
+
 def programs(system: FaceDiffuser, steps: int) -> dict[str, tuple[Any, dict[str, int]]]:
     """What is compared: (program, rows at which its stages end)."""
     staged = jax.jit(system.sample_staged)
@@ -244,6 +275,8 @@ def main() -> None:
     choose_cpu_kernels()
     make_every_core_a_device(RULER_BATCH)
 
+    found = ", ".join(f"{name} {value:.5f}" for name, value in errors(options.subject).items())
+    print(f"held-out denoising error of the subject model, by the pictures it is given: {found}", flush=True)
     system, params = open_staged(options.subject, options.scene, slots=2)
     pictures, who, tops = rendered(RULER_SEED, RULER_PEOPLE)
     ruler = train_ruler(seen(through(system, params, pictures)), who, tops, options.ruler_steps)
