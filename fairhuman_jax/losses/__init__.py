@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fairhuman_jax.losses.alpha_fair import mpd_weights
+from fairhuman_jax.losses.contrastive import contrastive_loss
 from fairhuman_jax.losses.denoising import denoising_loss, min_snr_weight, x0_weight
 from fairhuman_jax.losses.fairness import (
     COMBINERS,
@@ -20,6 +21,7 @@ __all__ = [
     "Combiner",
     "active_tasks",
     "combine_weighted",
+    "contrastive_loss",
     "denoising_loss",
     "fair_combine",
     "gradient_scale",

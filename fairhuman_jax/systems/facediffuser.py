@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from fairhuman_jax.losses import denoising_loss, localization_loss, object_mask,
 from fairhuman_jax.models import CLIPVision, Postfuse
 from fairhuman_jax.systems.conditioning import Conditioning
 from fairhuman_jax.systems.contract import Batch, PreviewConfig, sample_keys
+from fairhuman_jax.systems.identity_encoder import open_image_encoder
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
 from fairhuman_jax.systems.pipelines import computing_in, open_pipeline, trained
 from fairhuman_jax.systems.staged import StagedRequest, draw_delayed, make_staged_request
@@ -29,7 +30,6 @@ from fairhuman_jax.weights import (
     MARKER,
     Pipeline,
     SubjectPipeline,
-    load_model,
     load_subject_model,
     save_pipeline,
     save_subject_model,
@@ -44,8 +44,8 @@ class SubjectModelConfig:
     """Training of a subject model: the denoiser, the fusion and the last layers of the image encoder.
 
     base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one. image_encoder: a
-    folder or hub id of a CLIP image encoder with projection, or its config for one from scratch, whose projection must
-    be as wide as the text; None: base is a subject model, to go on from. image_layers: its last layers that train; 0:
+    folder or hub id of a CLIP image encoder with projection, "people" for the shipped one, or a config for one from
+    scratch; its projection must be as wide as the text; None: base is a subject model, to go on from. image_layers: its last layers that train; 0:
     all of it. max_objects: subjects a caption has room for, as many as data.subjects.max_objects. mask_prob:
     probability, by sample and step, that the denoising error counts on subjects alone. localization_weight: of the
     second objective, 0: none; localization_blocks: central blocks whose attention it looks at; localization_normalize:
@@ -85,8 +85,8 @@ class SubjectModelConfig:
             return self.attach(begun.pipeline, begun.image_encoder, parts)
         pipeline = open_pipeline(self.base, **runtime)
         if isinstance(self.image_encoder, str):
-            encoder, params = load_model(self.image_encoder, dtype="float32", **runtime)
-            return self.attach(pipeline, cast(CLIPVision, encoder), {"image_encoder": params})
+            encoder, params = open_image_encoder(self.image_encoder, dtype="float32", **runtime)
+            return self.attach(pipeline, encoder, {"image_encoder": params})
         return self.attach(pipeline, CLIPVision.from_config(self.image_encoder, **runtime), {})
 
     def attach(self, pipeline: Pipeline, encoder: CLIPVision, begun: dict[str, PyTree]) -> SubjectModel:

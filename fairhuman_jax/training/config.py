@@ -11,6 +11,7 @@ from fairhuman_jax.systems.contract import PreviewConfig
 from fairhuman_jax.systems.facediffuser import SceneModelConfig, SubjectModelConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.systems.humansd import HumanSDConfig
+from fairhuman_jax.systems.identity_encoder import IdentityEncoderConfig
 from fairhuman_jax.systems.pose_network import PoseNetworkConfig
 from fairhuman_jax.systems.text_to_image import TextToImageConfig
 from fairhuman_jax.training.combining import FairConfig
@@ -95,6 +96,7 @@ class RunConfig:
         | TextToImageConfig
         | AutoencoderConfig
         | PoseNetworkConfig
+        | IdentityEncoderConfig
     )
     output: str
     data: DataConfig = field(default_factory=DataConfig)
