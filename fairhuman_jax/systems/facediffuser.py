@@ -45,14 +45,14 @@ class SubjectModelConfig:
 
     base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one. image_encoder: a
     folder or hub id of a CLIP image encoder with projection, "people" for the shipped one, or a config for one from
-    scratch; its projection must be as wide as the text; None: base is a subject model, to go on from. image_layers: its last layers that train; 0:
-    all of it. max_objects: subjects a caption has room for, as many as data.subjects.max_objects. mask_prob:
-    probability, by sample and step, that the denoising error counts on subjects alone. localization_weight: of the
-    second objective, 0: none; localization_blocks: central blocks whose attention it looks at; localization_normalize:
-    divide attention by its maximum first.
+    scratch; its projection must be as wide as the text; None: base is a subject model, to go on from. image_layers: its
+    last layers that train; 0: all of it. max_objects: subjects a caption has room for, as many as
+    data.subjects.max_objects. mask_prob: probability, by sample and step, that the denoising error counts on subjects
+    alone. localization_weight: of the second objective, 0: none; localization_blocks: central blocks whose attention it
+    looks at; localization_normalize: divide attention by its maximum first.
     compat "reference": one coin a batch, the masked error's mean over the whole picture, captions that are cut lose
-    their end token. remat: none, full,
-    attention or offload; dtype: of text encoder and computation; the autoencoder is float32.
+    their end token. remat: none, full, attention or offload; dtype: of text encoder and computation; the autoencoder is
+    float32.
     """
 
     base: str = "people"
