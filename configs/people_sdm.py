@@ -2,8 +2,8 @@
 
 python train.py configs/people_sdm.py
 
-Minutes on a CPU, no download. A person's pictures show others of the same body, face and hair than the scene does, in
-other clothes, poses and light.
+Minutes on a CPU, no download; the image encoder is that of people_identity.py. A person's pictures show the same body,
+face and hair as the scene does, in other clothes, poses and light.
 """
 
 from __future__ import annotations
@@ -15,21 +15,10 @@ from fairhuman_jax.training.combining import FairConfig
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
-SIDE = 48
-IMAGE_ENCODER = {
-    "architectures": ["CLIPVisionModelWithProjection"],
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": SIDE,
-    "patch_size": 8,
-    "projection_dim": 192,
-}
 # What people look like is for their pictures to tell. These are others than the scene, so nothing can be copied, and
 # colours stay as they are.
 PEOPLE = SubjectConfig(
-    max_objects=2, object_resolution=SIDE, identities=768, references=4, pairs=0.25, augment=False, looks=False
+    max_objects=2, object_resolution=48, identities=768, references=4, pairs=0.25, augment=False, looks=False
 )
 PROMPTS = (
     "a photo of a woman <|image|> wearing a red t-shirt, white background",
@@ -40,11 +29,11 @@ PROMPTS = (
 
 
 def config() -> RunConfig:
-    """All of a small image encoder trains, from scratch; denoising and localization are summed."""
+    """All of the shipped image encoder trains too; denoising and localization are summed."""
     return RunConfig(
         system=SubjectModelConfig(
             base="people",
-            image_encoder=IMAGE_ENCODER,
+            image_encoder="people",
             image_layers=0,
             max_objects=2,
             localization_weight=0.03,
@@ -56,7 +45,7 @@ def config() -> RunConfig:
             learning_rate=5e-4,
             schedule="cosine",
             warmup_steps=20,
-            rate_scales=(("image_encoder", 3.0), ("postfuse", 3.0)),
+            rate_scales=(("postfuse", 3.0),),
         ),
         fair=FairConfig(method="sum"),
         train=TrainConfig(steps=600, batch_size=16, ema_decay=0.98, checkpoint_every=100),

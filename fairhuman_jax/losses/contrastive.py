@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 NEVER = -1e9  # a logit that no probability is left of
+LEAST_SQUARE = 1e-12  # of the length of what is scaled to unit length
 
 
 def contrastive_loss(first: Array, second: Array, valid: Array, temperature: float = 0.1) -> Array:
@@ -32,6 +33,6 @@ def contrastive_loss(first: Array, second: Array, valid: Array, temperature: flo
 
 
 def _unit(x: Array) -> Array:
-    """Of unit length; the gradient at 0 is 0."""
+    """Of unit length, or 0, whose gradient is then finite."""
     squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+    return x * jax.lax.rsqrt(jnp.maximum(squared, LEAST_SQUARE))

@@ -57,7 +57,7 @@ def test_a_step_along_the_gradient_makes_pairs_easier_to_find():
         return encoder.objectives(encoder.predict(tree, frozen, given, KEY), given)["contrastive"]
 
     before, gradient = quick_jit(jax.value_and_grad(loss))(trainable)
-    after = loss(jax.tree.map(lambda p, g: p - 0.05 * g, trainable, gradient))
+    after = loss(jax.tree.map(lambda p, g: p - 1e-3 * g, trainable, gradient))
     assert float(after) < float(before)
 
 
