@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ from fairhuman_jax.weights import MARKER
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "people_sdm.py"
 SIDE, SEEN = 64, 48  # pixels of a picture, and of what the ruler sees of it
 RULER_SEED, TEST_SEED = 1_001, 1_002  # apart from the configurations' seed
-RULER_PEOPLE, VIEWS, SCENES, PAIRS = 1_280, 4, 3, 0.3
+RULER_PEOPLE, VIEWS, SCENES, PAIRS = 640, 4, 3, 0.3
 WIDTH, COLOURS, SCALE = 64, tuple(TOPS), 16.0
 BATCH, RULER_BATCH, SHOWN = 32, 128, 128
 ALPHA, BETA = 0.3, 0.6
@@ -232,11 +233,11 @@ def programs(system: FaceDiffuser, steps: int) -> dict[str, tuple[Any, dict[str,
 
 
 def draw(
-    system: FaceDiffuser, params: Any, prompts: Sequence[str], references: Sequence[Sequence[np.ndarray]], steps: int
+    system: FaceDiffuser, params: Any, prompts: Sequence[str], references: Sequence[Sequence[np.ndarray]], options: Any
 ) -> dict[str, list[np.ndarray]]:
     """The pictures of each method, from the same noise."""
     jobs, drawn = list(zip(prompts, references, range(len(prompts)), strict=True)), {}
-    for name, (program, rows) in programs(system, steps).items():
+    for name, (program, rows) in programs(system, options.steps).items():
         parts = []
         for part in in_parts(jobs):
             request: StagedRequest = make_staged_request(
@@ -244,8 +245,8 @@ def draw(
                 [prompt for prompt, _, _ in part],
                 [seed for _, _, seed in part],
                 references=[given for _, given, _ in part],
-                steps=steps,
-                guidance=3.0,
+                steps=options.steps,
+                guidance=options.guidance,
                 size=(SIDE, SIDE),
                 alpha=ALPHA,
                 beta=BETA,
@@ -269,6 +270,8 @@ def main() -> None:
     parser.add_argument("scene", help="the scene model")
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=5.0, help="of both models (default 5, the published one)")
+    parser.add_argument("--ruler", type=Path, metavar="FILE", help="keep the ruler there, and take it if it is there")
     parser.add_argument("--ruler-steps", type=int, default=900)
     parser.add_argument("--sheet", type=Path, help="a picture: first pairs, then people; references, TDM, SDM, SNF")
     options = parser.parse_args()
@@ -278,8 +281,13 @@ def main() -> None:
     found = ", ".join(f"{name} {value:.5f}" for name, value in errors(options.subject).items())
     print(f"held-out denoising error of the subject model, by the pictures it is given: {found}", flush=True)
     system, params = open_staged(options.subject, options.scene, slots=2)
-    pictures, who, tops = rendered(RULER_SEED, RULER_PEOPLE)
-    ruler = train_ruler(seen(through(system, params, pictures)), who, tops, options.ruler_steps)
+    if options.ruler and options.ruler.is_file():
+        ruler = flax.serialization.msgpack_restore(options.ruler.read_bytes())
+    else:
+        pictures, who, tops = rendered(RULER_SEED, RULER_PEOPLE)
+        ruler = train_ruler(seen(through(system, params, pictures)), who, tops, options.ruler_steps)
+        if options.ruler:
+            options.ruler.write_bytes(flax.serialization.msgpack_serialize(ruler))
     pictures, who, tops = rendered(TEST_SEED, options.count)
     embeddings, colours = measured(ruler, through(system, params, pictures))
     people = People(options.count, system.image_encoder.config["image_size"])
@@ -302,7 +310,7 @@ def main() -> None:
             for sex, (top, background) in zip(people.sexes, told, strict=True)
         ],
         [[picture] for picture in people.given],
-        options.steps,
+        options,
     )
     figures = []
     for name, images in single.items():
@@ -319,7 +327,7 @@ def main() -> None:
                 "colour of the top": f"{named.mean():.2f}",
             }
         )
-    print(f"{len(known)} pictures of one person\n" + table(figures))
+    print(f"{len(known)} pictures of one person\n" + table(figures), flush=True)
 
     pairs = [(i, (i + 1) % len(known)) for i in range(0, len(known), 2)]
     kinds = [tuple(people.sexes[i] for i in pair) for pair in pairs]
@@ -328,7 +336,7 @@ def main() -> None:
         params,
         [f"a photo of a {first} {MARKER} and a {second} {MARKER}" for first, second in kinds],
         [[people.given[i] for i in pair] for pair in pairs],
-        options.steps,
+        options,
     )
     figures, wrong = [], others(kinds)
     for name, images in double.items():
