@@ -237,6 +237,8 @@ def draw(
 ) -> dict[str, list[np.ndarray]]:
     """The pictures of each method, from the same noise."""
     jobs, drawn = list(zip(prompts, references, range(len(prompts)), strict=True)), {}
+    mesh = make_mesh()
+    params = replicate(mesh, params)
     for name, (program, rows) in programs(system, options.steps).items():
         parts = []
         for part in in_parts(jobs):
@@ -252,7 +254,7 @@ def draw(
                 beta=BETA,
                 **rows,
             )
-            parts.append(np.asarray(program(params, request, jax.random.key(0))))
+            parts.append(np.asarray(program(params, shard_rows(mesh, request, BATCH), jax.random.key(0))))
         drawn[name] = as_bytes(np.concatenate(parts)[: len(jobs)])
     return drawn
 

@@ -31,7 +31,7 @@ PROMPTS = (
 def config() -> RunConfig:
     """Denoising and localization are summed.
 
-    The encoder hardly moves and the fusion slowly: at the denoiser's rate, which does not listen to them yet, both learn
+    The encoder hardly moves and the fusion slowly: at the denoiser's rate, as long as it does not listen, both learn
     to say the same of everybody.
     """
     return RunConfig(
