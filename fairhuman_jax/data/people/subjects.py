@@ -163,9 +163,9 @@ class PeopleSubjects:
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene = self.scenes[index]
+        scene = dict(self.scenes[index])
         if not self.looks:
-            scene = scene | {"caption": without_looks(scene["caption"])}
+            scene["caption"] = without_looks(scene["caption"])
         masks = [scene["segment_map"] == k for k in (1, 2)]
         named = zip(masks, noun_ends(scene["caption"]), scene["people"].tolist(), strict=False)
         shown = [(k, mask, end, person) for k, (mask, end, person) in enumerate(named, 1) if mask.any()]
