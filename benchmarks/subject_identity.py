@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from humansd_poses import enlarged, mean_and_interval
 from PIL import Image
-from scipy import stats
 
 from fairhuman_jax.config import load_config
 from fairhuman_jax.data.cache import cached_subjects
@@ -54,7 +54,7 @@ SIDE, SEEN = 64, 48  # pixels of a picture, and of what the ruler sees of it
 RULER_SEED, TEST_SEED = 1_001, 1_002  # apart from the configurations' seed
 RULER_PEOPLE, VIEWS, SCENES, PAIRS = 640, 4, 3, 0.3
 WIDTH, COLOURS, SCALE = 64, tuple(TOPS), 16.0
-BATCH, RULER_BATCH, SHOWN = 32, 128, 128
+BATCH, RULER_BATCH = 32, 128
 ALPHA, BETA = 0.3, 0.6
 
 
@@ -161,12 +161,6 @@ def measured(params: Any, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, n
     return np.asarray(embeddings), np.asarray(logits).argmax(-1)
 
 
-def mean_and_interval(values: np.ndarray) -> str:
-    """Mean with the half width of its 95 % interval by Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.3f} ± {half:.3f}"
-
-
 def others(sexes: Sequence[Any]) -> np.ndarray:
     """For each the next one of the same sex (or the same pair of sexes)."""
     order = range(len(sexes))
@@ -260,9 +254,8 @@ def draw(
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Pictures in rows, each enlarged to SHOWN pixels."""
-    tiles = [[np.asarray(Image.fromarray(p).resize((SHOWN, SHOWN))) for p in row] for row in rows]
-    return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in tiles]))
+    """Pictures in rows, each enlarged."""
+    return Image.fromarray(np.concatenate([np.concatenate([*map(enlarged, row)], axis=1) for row in rows]))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from scipy.special import expit
 
 from fairhuman_jax.annotate.boxes import anchors, decode_detections, merge_detections
 from fairhuman_jax.annotate.models import MODELS, LiteModel
-from fairhuman_jax.annotate.squares import Square, cut, letterbox
+from fairhuman_jax.annotate.squares import Square, check_picture, cut, letterbox
 
 # (cells a side, anchors a cell): strides 8 and three times 16 for near faces, 4 for far ones.
 DETECTORS = {
@@ -71,8 +71,7 @@ class MediaPipeFaces:
 
     def detect(self, picture: np.ndarray) -> list[Face]:
         """Every face found, the largest first; none for a picture without."""
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-            raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+        check_picture(picture)
         whole = letterbox(*picture.shape[:2])
         seen = [self._decoded(name, picture, whole) for name in DETECTORS]
         all_scores, all_values = (np.concatenate(part) for part in zip(*seen, strict=True))

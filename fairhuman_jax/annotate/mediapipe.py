@@ -15,7 +15,7 @@ from scipy.special import expit
 from fairhuman_jax.annotate.boxes import anchors, decode_detections, merge_detections
 from fairhuman_jax.annotate.models import MODELS, LiteModel
 from fairhuman_jax.annotate.poses import COCO17_IN_MEDIAPIPE33, Pose, make_pose
-from fairhuman_jax.annotate.squares import Square, cut, letterbox, paste
+from fairhuman_jax.annotate.squares import Square, check_picture, cut, letterbox, paste
 
 ANCHOR_LAYERS = ((28, 2), (14, 2), (7, 6))  # cells a side, anchors a cell: strides 8, 16 and three times 32
 DETECTOR_SIDE, LANDMARK_SIDE, SEGMENTATION_SIDE = (
@@ -118,8 +118,7 @@ class MediaPipePoses:
 
     def bodies(self, picture: np.ndarray) -> list[Body]:
         """Everybody found, with all 33 points and a mask."""
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-            raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+        check_picture(picture)
         box = letterbox(*picture.shape[:2])
         boxes, logits = self._detector(cut(picture, box, DETECTOR_SIDE, "black"))
         _, found = merge_detections(

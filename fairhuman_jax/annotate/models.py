@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fairhuman_jax.data.packages import Package, cached_files, holds, package_folder
+from fairhuman_jax.data.packages import Package, cached_files, fetched_file
 
 # The releases after this one hold no networks. A wheel of one platform serves all, since none of its code is run.
 PACKAGE = Package(
@@ -83,12 +83,7 @@ def fetch_models(folder: Path | None = None) -> list[Path]:
 
 def model_path(name: str, folder: Path | None = None) -> Path:
     """Path of one of MODELS. Errors: FileNotFoundError when it was not fetched, ValueError when it is another file."""
-    path = (folder or package_folder(PACKAGE)) / Path(MODELS[name].path).name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; fetch it once with: {FETCH}")
-    if not holds(path, MODELS[name].sha256):
-        raise ValueError(f"{path} is not {name} of {PACKAGE} (its sha256 differs); fetch it again with: {FETCH}")
-    return path
+    return fetched_file(PACKAGE, MODELS[name].path, MODELS[name].sha256, FETCH, folder, label=name)
 
 
 class LiteModel:

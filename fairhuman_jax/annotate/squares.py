@@ -32,6 +32,12 @@ class Square:
         return np.array([[cos, -sin], [sin, cos]])
 
 
+def check_picture(picture: np.ndarray) -> None:
+    """Refuses what is no picture uint8 [H, W, 3]."""
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
+        raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+
+
 def letterbox(height: int, width: int) -> Square:
     """The upright square around a whole picture."""
     return Square((width / 2, height / 2), max(height, width))

@@ -127,6 +127,23 @@ def cached_files(package: Package, files: Mapping[str, str], folder: Path | None
     return paths
 
 
+def fetched_file(
+    package: Package, member: str, sha256: str, fetch: str, folder: Path | None = None, label: str | None = None
+) -> Path:
+    """Path of a member that `cached_files` keeps in `folder`. `label`: what errors call it (default: the member).
+
+    Errors: FileNotFoundError when it was not fetched, by the command `fetch`; ValueError when it is another file.
+    """
+    path = (folder or package_folder(package)) / Path(member).name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; fetch it once with: {fetch}")
+    if not holds(path, sha256):
+        raise ValueError(
+            f"{path} is not {label or member} of {package} (its sha256 differs); fetch it again with: {fetch}"
+        )
+    return path
+
+
 def holds(path: Path, sha256: str) -> bool:
     """Whether there is a file of that hash."""
     return path.is_file() and digest(path.read_bytes()) == sha256

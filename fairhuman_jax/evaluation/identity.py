@@ -14,7 +14,7 @@ import numpy as np
 
 from fairhuman_jax.annotate.faces import MediaPipeFaces
 from fairhuman_jax.annotate.squares import Square, cut
-from fairhuman_jax.data.packages import Package, cached_files, holds, package_folder
+from fairhuman_jax.data.packages import Package, cached_files, fetched_file
 
 # A picture uint8 [H, W, 3] -> embeddings [N, D] of unit length of the faces on it, the largest first.
 FaceEmbedder = Callable[[np.ndarray], np.ndarray]
@@ -89,11 +89,7 @@ class OpenFaceEmbedder:
             runtime = importlib.import_module("onnxruntime")  # optional, and slow to import
         except ImportError as error:
             raise ValueError("identity needs onnxruntime: pip install 'fairhuman_jax[evaluate]'") from error
-        path = (folder or package_folder(PACKAGE)) / Path(MEMBER).name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; fetch it once with: {FETCH}")
-        if not holds(path, SHA256):
-            raise ValueError(f"{path} is not {MEMBER} of {PACKAGE} (its sha256 differs); fetch it again with: {FETCH}")
+        path = fetched_file(PACKAGE, MEMBER, SHA256, FETCH, folder)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         self._session: Any = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from fairhuman_jax.data.packages import Package, cached_files, holds, package_folder
+from fairhuman_jax.data.packages import Package, cached_files, fetched_file
 from fairhuman_jax.evaluation.batching import in_batches
 
 PACKAGE = Package(
@@ -49,11 +49,7 @@ def load_inception(folder: Path | None = None) -> Params:
     A TorchScript archive is a program; its tensors alone are read, which lie in the order of the layers.
     Errors: FileNotFoundError when the file was not fetched into `folder`, ValueError when it is another one.
     """
-    path = (folder or package_folder(PACKAGE)) / Path(MEMBER).name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; fetch it once with: {FETCH}")
-    if not holds(path, SHA256):
-        raise ValueError(f"{path} is not {MEMBER} of {PACKAGE} (its sha256 differs); fetch it again with: {FETCH}")
+    path = fetched_file(PACKAGE, MEMBER, SHA256, FETCH, folder)
     with zipfile.ZipFile(path) as archive:
         return {name: _folded(archive, 4 * i, shape) for i, (name, shape) in enumerate(layer_shapes())}
 
