@@ -19,7 +19,7 @@ from pathlib import Path
 from humansd_poses import CONFIG, errors
 from objectives import Record, cell, finished, interval, run
 
-from fairhuman_jax.doors.common import choose_cpu_kernels, make_every_core_a_device
+from fairhuman_jax.doors.common import choose_cpu_kernels
 from fairhuman_jax.systems.humansd import LOSSES
 from fairhuman_jax.training.logging import table
 
@@ -57,7 +57,6 @@ def main() -> None:
     options = parser.parse_args()
     options.ends = None if options.limit_minutes is None else time.monotonic() + 60 * options.limit_minutes
     choose_cpu_kernels()
-    make_every_core_a_device(16)
 
     records: dict[str, list[Record]] = {loss: [] for loss in options.losses}
     for seed in range(options.seeds):

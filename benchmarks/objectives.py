@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student
 
 from fairhuman_jax.config import load_config
-from fairhuman_jax.doors.common import choose_cpu_kernels, make_every_core_a_device
+from fairhuman_jax.doors.common import choose_cpu_kernels
 from fairhuman_jax.losses import COMBINERS
 from fairhuman_jax.training.logging import METRICS, read_metrics
 from fairhuman_jax.training.loop import train
@@ -272,7 +272,6 @@ def main() -> None:
         parser.error(str(error))
     jax.config.update("jax_compilation_cache_dir", str((options.output / "xla").absolute()))
     choose_cpu_kernels()
-    make_every_core_a_device(load_config(options.config, options.set).train.batch_size)
     try:
         records = study(options)
     except Interrupted as stopped:  # what is finished is kept

@@ -39,7 +39,7 @@ from fairhuman_jax.data.people.palette import BACKGROUNDS, TOPS
 from fairhuman_jax.data.people.spec import sample_spec
 from fairhuman_jax.data.people.subjects import PeopleScenes, PeopleSubjects
 from fairhuman_jax.data.subject_transforms import NOISE, bounds, cut
-from fairhuman_jax.doors.common import make_every_core_a_device
+from fairhuman_jax.doors.common import choose_cpu_kernels
 from fairhuman_jax.evaluation.identity import identity_similarity
 from fairhuman_jax.systems.facediffuser import SubjectModelConfig
 from fairhuman_jax.systems.pipelines import open_staged
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--ruler-steps", type=int, default=900)
     parser.add_argument("--sheet", type=Path, help="a picture: first pairs, then people; references, TDM, SDM, SNF")
     options = parser.parse_args()
-    make_every_core_a_device(RULER_BATCH)
+    choose_cpu_kernels()
 
     found = ", ".join(f"{name} {value:.5f}" for name, value in errors(options.subject).items())
     print(f"held-out denoising error of the subject model, by the pictures it is given: {found}", flush=True)

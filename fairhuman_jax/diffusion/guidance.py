@@ -21,16 +21,17 @@ def classifier_free(
 ) -> Callable[[Array, Array], Array]:
     """Guided denoiser: u + guidance (c - u), from one call of `predict` on a batch of 2B.
 
-    `predict(latents [2B, ...], timesteps [2B], condition)` gets the unconditional half first; `cond` and `uncond` are
-    pytrees of one structure with leaves [B, ...]. `guidance` is a scalar or [B], may be traced. `rescale` r mixes in
-    the result brought to the standard deviation of c: r g std(c) / std(g) + (1 - r) g (arXiv 2305.08891).
+    `predict(latents [2B, ...], timesteps [2B], condition)` gets each example twice in a row, unconditional first;
+    `cond` and `uncond` are pytrees of one structure with leaves [B, ...]. `guidance` is a scalar or [B], may be
+    traced. `rescale` r mixes in the result brought to the standard deviation of c: r g std(c) / std(g) + (1 - r) g
+    (arXiv 2305.08891).
     Returns `(latents [B, ...], timesteps [B]) -> fp32 [B, ...]` for `sample`.
     """
     both = joined(uncond, cond)
 
     def guided(latents: Array, timesteps: Array) -> Array:
         output = predict(joined(latents, latents), joined(timesteps, timesteps), both)
-        without, given = jnp.split(output.astype(jnp.float32), 2)
+        without, given = parted(output.astype(jnp.float32))
         strength = per_example(guidance, without.ndim)
         result = without + strength * (given - without)
         if isinstance(rescale, (int, float)) and rescale == 0:
@@ -45,8 +46,17 @@ def classifier_free(
 
 
 def joined(first: PyTree, second: PyTree) -> PyTree:
-    """Two batches of one structure as one batch."""
-    return jax.tree.map(lambda one, other: jnp.concatenate([one, other]), first, second)
+    """Two batches of one structure as one batch of pairs [2B, ...].
+
+    Pairs, not halves: of a batch split over devices every device keeps its own examples.
+    """
+    return jax.tree.map(lambda one, other: jnp.stack([one, other], 1).reshape(-1, *one.shape[1:]), first, second)
+
+
+def parted(both: Array) -> tuple[Array, Array]:
+    """The two batches [B, ...] that `joined` made one."""
+    pairs = both.reshape(-1, 2, *both.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
 
 
 def per_example(value: float | Array, ndim: int) -> Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.diffusion.guidance import classifier_free, joined
+from fairhuman_jax.diffusion.guidance import classifier_free, joined, parted
 from fairhuman_jax.diffusion.plms import pndm
 from fairhuman_jax.diffusion.samplers import Hook, RecordingPredict, prepare_rows
 from fairhuman_jax.diffusion.schedule import NoiseSchedule
@@ -182,7 +182,7 @@ def _fused(
     def denoise(latents: Array, timesteps: Array) -> tuple[Array, FusionMaps]:
         twice = joined(latents, latents), joined(timesteps, timesteps)
         outputs = both(*twice, scene_condition, subject_condition)
-        (t_uncond, t_cond), (s_base, s_cond) = (jnp.split(output.astype(jnp.float32), 2) for output in outputs)
+        (t_uncond, t_cond), (s_base, s_cond) = (parted(output.astype(jnp.float32)) for output in outputs)
         prediction, *maps = fuse(t_uncond, t_cond, s_base, s_cond, *scales)
         return prediction, FusionMaps(*maps)
 

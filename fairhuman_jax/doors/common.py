@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from platformdirs import user_cache_dir
 
+CPU_DEVICES = "xla_force_host_platform_device_count"
 YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 YNNPACK_BFLOAT16 = ",".join(f"LIBRARY_FUSION_TYPE_{part}" for part in ("INDIVIDUAL_DOT", "DOT", "REDUCE"))
 
@@ -23,11 +24,14 @@ def choose_cpu_kernels(dtype: str = "float32") -> None:
     """What jax 0.10 leaves to YNNPACK on CPUs, by the dtype of the computation; before anything uses a device.
 
     XLA's own convolutions and products are faster at the sizes of a UNet (docs/benchmarks.md), except in bfloat16, for
-    whose products it has no fast code (`models/products.py`). An XLA_FLAGS that sets the option is obeyed; other
-    versions of jaxlib are left alone, since one that does not know it would end the process.
+    whose products it has no fast code (`models/products.py`). Where the CPU is split into several devices all is left
+    to YNNPACK: programs of XLA's own kernels that run side by side in one process can damage each other's results
+    (docs/porting_notes.md, 11). An XLA_FLAGS that sets the option is obeyed; other versions of jaxlib are left alone,
+    since one that does not know it would end the process.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if YNNPACK not in flags and version("jaxlib").startswith("0.10."):
+    split = CPU_DEVICES in flags or jax.config.jax_num_cpu_devices > 1
+    if YNNPACK not in flags and not split and version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}={YNNPACK_BFLOAT16 if dtype == 'bfloat16' else ''}".strip()
 
 
@@ -36,17 +40,10 @@ def dtype_of(system: Any) -> str:
     return getattr(system, "dtype", "float32")
 
 
-def make_every_core_a_device(batch_size: int) -> None:
-    """On a CPU, as many data-parallel devices as cores that divide the batch.
-
-    One CPU device runs most backward convolutions on one thread; two devices on two cores train 1.2 to 1.8 times as
-    fast.
-    """
-    cores = os.cpu_count() or 1
-    split_cpu(max(n for n in range(1, cores + 1) if batch_size % n == 0 or n == 1))
-
-
 def split_cpu(devices: int) -> None:
-    """Makes the CPU that many devices; other platforms are not touched, and an XLA_FLAGS that sets it is obeyed."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    """Makes the CPU that many devices, before `choose_cpu_kernels`; an XLA_FLAGS that sets it is obeyed.
+
+    Other platforms are not touched.
+    """
+    if CPU_DEVICES not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)

@@ -39,9 +39,9 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
         if not options.prompts and not options.plan:
             raise ValueError("nothing to draw: give a prompt, or --prompts FILE")
         keep_compiled_programs()
-        # With several CPU devices in a process XLA's own kernels race: rows at the ends of a part come out wrong.
-        if options.mesh == 1:
-            choose_cpu_kernels(options.dtype)
+        if options.mesh is not None and options.mesh > 1:
+            split_cpu(options.mesh)
+        choose_cpu_kernels(options.dtype)
         written = _sample(options)
     except USER_ERRORS as error:
         refuse(parser, error, options.debug)
@@ -184,9 +184,7 @@ def _warn_of_cuts(prompts: Sequence[str], system: LatentDiffusion) -> None:
 
 
 def _devices(mesh: int | None) -> list[Any]:
-    """The first `mesh` devices, all of them for None; a CPU is split into as many as asked for."""
-    if mesh is not None and mesh > 1:
-        split_cpu(mesh)
+    """The first `mesh` devices, all of them for None."""
     devices = jax.devices()
     if mesh is not None and mesh > len(devices):
         raise ValueError(f"--mesh {mesh}: there are {len(devices)} devices")

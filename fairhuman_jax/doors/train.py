@@ -12,12 +12,7 @@ from typing import NoReturn
 
 from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse
 from fairhuman_jax.config import ConfigError, describe, load_config
-from fairhuman_jax.doors.common import (
-    choose_cpu_kernels,
-    dtype_of,
-    keep_compiled_programs,
-    make_every_core_a_device,
-)
+from fairhuman_jax.doors.common import choose_cpu_kernels, dtype_of, keep_compiled_programs
 from fairhuman_jax.training.checkpoint import has_checkpoint
 from fairhuman_jax.training.config import RunConfig
 from fairhuman_jax.training.distributed import connect, is_main, refuse_one_of_many
@@ -94,7 +89,6 @@ def _run(options: argparse.Namespace, config: RunConfig, arguments: Sequence[str
     choose_cpu_kernels(dtype_of(config.system))
     if not together:
         refuse_one_of_many()
-        make_every_core_a_device(config.train.batch_size // config.train.accumulate)
     try:
         if together:
             connect(*peers, timeout=options.timeout)

@@ -131,8 +131,8 @@ def test_what_each_network_is_asked(baseline, base):
     times = [981, 961, *range(961, 0, -20)]
     expected = []
     for row, time in enumerate(times):
-        asked = [("scene", [time] * 4, [0, 0, 1, 1])] if row <= 30 else []
-        asked += [("subject", [time] * 4, [base, base, 2, 2])] if row > 15 else []
+        asked = [("scene", [time] * 4, [0, 1, 0, 1])] if row <= 30 else []
+        asked += [("subject", [time] * 4, [base, 2, base, 2])] if row > 15 else []
         expected += asked
     assert calls == expected
     assert (times[15], times[16], times[30], times[31]) == (701, 681, 401, 381)

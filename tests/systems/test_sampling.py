@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from fairhuman_jax.diffusion import row_count, rule_named
 from fairhuman_jax.models import ControlNet, T2IAdapter, UNet2DCondition
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
 from fairhuman_jax.systems.sampling import draw, draw_latents, make_request
+from fairhuman_jax.training.sharding import make_mesh, replicate, shard_rows
 
 PROMPTS = ["a person waves", "two hands"]
 KEY = jax.random.key(0)
@@ -70,6 +72,14 @@ def test_a_picture_depends_on_its_own_seed_alone(system, scheduler):
     swapped = latents(system, request(system, ["a face"] * 2, (6, 9), scheduler=scheduler))
     np.testing.assert_allclose(both[1], swapped[0], rtol=0, atol=1e-4 * np.abs(both).max())
     assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+def test_devices_draw_their_pictures_without_asking_each_other(system):
+    mesh, asked = make_mesh(), request(system, ["a face"] * 8, range(8))
+    placed = replicate(mesh, system.pipeline.params), shard_rows(mesh, asked, 8), KEY
+    text = jax.jit(functools.partial(draw, system)).lower(*placed).compile().as_text()
+    assert "num_partitions=8" in text
+    assert not re.findall("all-to-all|all-gather|all-reduce|collective-permute", text)
 
 
 def test_noise_can_be_handed_in(system):
