@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,23 +86,34 @@ def similarities(pictures: np.ndarray, samples: list[dict[str, Any]]) -> np.ndar
     return np.array(found)
 
 
-def errors(model: str) -> dict[str, float]:
-    """Held-out denoising error, mean over samples at evenly spread times, by the skeleton that is given."""
-    config = load_config(CONFIG)
-    system = HumanSDConfig(base=model).build()
+def held_out_errors(
+    system: Any, config: Path, leaf: str, given: Mapping[str, Callable[[dict[str, Any]], np.ndarray]]
+) -> dict[str, float]:
+    """Held-out denoising error, mean over samples at evenly spread times, by what takes the place of a batch's `leaf`.
+
+    Times and noise are the same for all of `given`, functions of the batch by name; the samples are those of `config`.
+    """
+    data = load_config(config).data
     trainable, frozen = system.init(jax.random.key(0))
-    batches = held_out_batches(open_data(config.data)[1], system, config.data, BATCH)
+    batches = held_out_batches(open_data(data)[1], system, data, BATCH)
 
     @jax.jit
     def error(batch: dict[str, Any]) -> jax.Array:
         prediction = system.predict(trainable, frozen, batch, jax.random.key(1))
         return system.objectives(prediction, batch)["denoising"]
 
-    given = {"own": lambda skeletons: skeletons, "wrong": lambda s: np.roll(s, 1, axis=0), "black": np.zeros_like}
-    return {
-        name: float(np.mean([error(b | {"conditioning_image": of(b["conditioning_image"])}) for b in batches]))
-        for name, of in given.items()
+    return {name: float(np.mean([error(b | {leaf: of(b)}) for b in batches])) for name, of in given.items()}
+
+
+def errors(model: str) -> dict[str, float]:
+    """`held_out_errors` of a HumanSD by the skeletons that it is given."""
+    leaf = "conditioning_image"
+    given = {
+        "own": lambda batch: batch[leaf],
+        "wrong": lambda batch: np.roll(batch[leaf], 1, axis=0),
+        "black": lambda batch: 0 * batch[leaf],
     }
+    return held_out_errors(HumanSDConfig(base=model).build(), CONFIG, leaf, given)
 
 
 def mean_and_interval(values: np.ndarray) -> str:

@@ -29,10 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from humansd_poses import enlarged, mean_and_interval
+from humansd_poses import enlarged, held_out_errors, mean_and_interval
 from PIL import Image
 
-from fairhuman_jax.config import load_config
 from fairhuman_jax.data.cache import cached_subjects
 from fairhuman_jax.data.object_augmentation import squared
 from fairhuman_jax.data.people.palette import BACKGROUNDS, TOPS
@@ -44,7 +43,6 @@ from fairhuman_jax.evaluation.identity import identity_similarity
 from fairhuman_jax.systems.facediffuser import SubjectModelConfig
 from fairhuman_jax.systems.pipelines import open_staged
 from fairhuman_jax.systems.staged import FaceDiffuser, StagedRequest, draw_delayed, make_staged_request
-from fairhuman_jax.training.datasets import held_out_batches, open_data
 from fairhuman_jax.training.logging import table
 from fairhuman_jax.training.sharding import make_mesh, replicate, shard_rows
 from fairhuman_jax.weights import MARKER
@@ -190,30 +188,20 @@ class People:
 
 
 def errors(subject: str) -> dict[str, float]:
-    """Held-out denoising error of the subject model at evenly spread times, by whose pictures it is given: those of the
-    people in the sample, of others (as many), or black ones."""
-    config = load_config(CONFIG)
-    system = SubjectModelConfig(base=subject, image_encoder=None, image_layers=0, max_objects=2, mask_prob=0.0).build()
-    trainable, frozen = system.init(jax.random.key(0))
-    batches = held_out_batches(open_data(config.data)[1], system, config.data, BATCH)
-
-    @jax.jit
-    def error(batch: dict[str, Any]) -> jax.Array:
-        prediction = system.predict(trainable, frozen, batch, jax.random.key(1))
-        return system.objectives(prediction, batch)["denoising"]
+    """`held_out_errors` of the subject model by whose pictures it is given: those of the people in the sample, of
+    others (as many), or black ones."""
+    leaf = "object_pixels"
 
     def strangers(batch: dict[str, Any]) -> np.ndarray:
-        pictures = batch["object_pixels"].copy()
+        pictures = batch[leaf].copy()
         for count in np.unique(batch["num_objects"]):
             rows = np.flatnonzero(batch["num_objects"] == count)
             pictures[rows] = pictures[np.roll(rows, 1)]
         return pictures
 
-    given = {"own": lambda b: b["object_pixels"], "another's": strangers, "black": lambda b: 0 * b["object_pixels"]}
-    return {
-        name: float(np.mean([error(b | {"object_pixels": pictures(b)}) for b in batches]))
-        for name, pictures in given.items()
-    }
+    given = {"own": lambda batch: batch[leaf], "another's": strangers, "black": lambda batch: 0 * batch[leaf]}
+    system = SubjectModelConfig(base=subject, image_encoder=None, image_layers=0, max_objects=2, mask_prob=0.0).build()
+    return held_out_errors(system, CONFIG, leaf, given)
 
 
 def programs(system: FaceDiffuser, steps: int) -> dict[str, tuple[Any, dict[str, int]]]:
@@ -251,6 +239,17 @@ def draw(
             parts.append(np.asarray(program(params, shard_rows(mesh, request, BATCH), jax.random.key(0))))
         drawn[name] = as_bytes(np.concatenate(parts)[: len(jobs)])
     return drawn
+
+
+def compared(name: str, own: np.ndarray, other: np.ndarray) -> dict[str, str]:
+    """The row of a method: cosines of its pictures to the right person and to another."""
+    return {
+        "drawn by": name,
+        "own": mean_and_interval(own),
+        "another's": mean_and_interval(other),
+        "own - another's": mean_and_interval(own - other),
+        "nearer to the own": f"{(own > other).mean():.2f}",
+    }
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
@@ -311,16 +310,7 @@ def main() -> None:
         embeddings, colours = measured(ruler, images)
         own, other = ((embeddings * known[of]).sum(-1) for of in (np.arange(len(known)), wrong))
         named = np.array([COLOURS[colour] for colour in colours]) == [top for top, _ in told]
-        figures.append(
-            {
-                "drawn by": name,
-                "own": mean_and_interval(own),
-                "another's": mean_and_interval(other),
-                "own - another's": mean_and_interval(own - other),
-                "nearer to the own": f"{(own > other).mean():.2f}",
-                "colour of the top": f"{named.mean():.2f}",
-            }
-        )
+        figures.append(compared(name, own, other) | {"colour of the top": f"{named.mean():.2f}"})
     print(f"{len(known)} pictures of one person\n" + table(figures), flush=True)
 
     pairs = [(i, (i + 1) % len(known)) for i in range(0, len(known), 2)]
@@ -339,15 +329,7 @@ def main() -> None:
             np.array([identity_similarity(faces, known[list(pairs[k])]) for faces, k in zip(found, of, strict=True)])
             for of in (range(len(pairs)), wrong)
         )
-        figures.append(
-            {
-                "drawn by": name,
-                "own": mean_and_interval(own),
-                "another's": mean_and_interval(other),
-                "own - another's": mean_and_interval(own - other),
-                "nearer to the own": f"{(own > other).mean():.2f}",
-            }
-        )
+        figures.append(compared(name, own, other))
     print(f"{len(pairs)} pictures of two people\n" + table(figures))
     if options.sheet:
         rows = [[*(people.given[i] for i in pairs[k]), *(images[k] for images in double.values())] for k in range(6)]

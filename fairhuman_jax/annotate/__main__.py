@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from fairhuman_jax.annotate.boxes import LEAST_SCORE
 from fairhuman_jax.annotate.detector import PoseDetector, open_detector
 from fairhuman_jax.annotate.drawing import draw_poses
 from fairhuman_jax.annotate.models import PACKAGE, fetch_models
@@ -19,7 +20,6 @@ from fairhuman_jax.data.folder import read_image
 from fairhuman_jax.weights.files import replacing, write_json
 
 RESULTS = "keypoints.json"
-THRESHOLD = 0.5
 
 
 def fetch(arguments: argparse.Namespace) -> None:
@@ -41,7 +41,7 @@ def pose(arguments: argparse.Namespace) -> None:
     network, threshold = arguments.network, arguments.threshold
     if network and threshold is not None:
         raise ValueError("--threshold is of MediaPipe's detections; leave it out with --network")
-    detector = open_detector(network, THRESHOLD if threshold is None else threshold)
+    detector = open_detector(network, LEAST_SCORE if threshold is None else threshold)
     images, annotations = [], []
     for number, picture in enumerate(arguments.pictures, 1):
         poses, entry = annotate_picture(detector, picture, arguments.out, arguments.draw)
@@ -91,7 +91,7 @@ def _add_pose(commands) -> None:
         metavar="PATH",
         help="a HigherHRNet in place of MediaPipe's: a checkpoint of mmpose, a folder, people",
     )
-    parser.add_argument("--threshold", type=float, help=f"least score of a detection (default {THRESHOLD})")
+    parser.add_argument("--threshold", type=float, help=f"least score of a detection (default {LEAST_SCORE})")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,22 +5,27 @@ Source: MediaPipe, its calculators for tensors to detections and for non-maximum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import numpy as np
 from scipy.special import expit
 
 from fairhuman_jax.annotate.squares import cell_centres
 
+LEAST_SCORE = 0.5  # default of every detector: least score of what counts as found
 OVERLAP = 0.3  # from this intersection over union on, two boxes are one thing
 
 
-def anchors(layers: Sequence[tuple[int, int]]) -> np.ndarray:
+@functools.cache
+def anchors(layers: tuple[tuple[int, int], ...]) -> np.ndarray:
     """Centres (x, y) [A, 2] of a detector's cells in unit coordinates, row by row, layer after layer.
 
     layers: (cells a side, anchors a cell) of each.
     """
-    return np.concatenate([np.repeat(cell_centres(n, n).reshape(-1, 2) / n, per_cell, 0) for n, per_cell in layers])
+    cells = [np.repeat(cell_centres(n, n).reshape(-1, 2) / n, per_cell, 0) for n, per_cell in layers]
+    centres = np.concatenate(cells)
+    centres.flags.writeable = False  # one array for all callers
+    return centres
 
 
 def decode_detections(

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fairhuman_jax.annotate.boxes import LEAST_SCORE
 from fairhuman_jax.annotate.poses import Pose
 
 
@@ -22,7 +23,7 @@ class PoseDetector(Protocol):
         ...
 
 
-def open_detector(network: str | Path | None, threshold: float = 0.5, compat: bool = False) -> PoseDetector:
+def open_detector(network: str | Path | None, threshold: float = LEAST_SCORE, compat: bool = False) -> PoseDetector:
     """MediaPipe's networks, whose detections score at least `threshold`, or the HigherHRNet that `network` names.
 
     compat: HigherHRNet's pictures and positions as HumanSD has them. Errors: those of either.

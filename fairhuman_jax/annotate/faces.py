@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from fairhuman_jax.annotate.boxes import anchors, decode_detections, merge_detections
+from fairhuman_jax.annotate.boxes import LEAST_SCORE, anchors, decode_detections, merge_detections
 from fairhuman_jax.annotate.models import MODELS, LiteModel
 from fairhuman_jax.annotate.squares import Square, check_picture, cut, letterbox
 
@@ -64,7 +64,7 @@ class MediaPipeFaces:
     Errors: those of `LiteModel`; ValueError for what is no such picture.
     """
 
-    def __init__(self, folder: Path | None = None, threshold: float = 0.5, threads: int | None = None) -> None:
+    def __init__(self, folder: Path | None = None, threshold: float = LEAST_SCORE, threads: int | None = None) -> None:
         self.threshold = threshold
         self._detectors = {name: LiteModel(name, folder, threads) for name in DETECTORS}
         self._mesh = LiteModel("face_landmark", folder, threads)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from fairhuman_jax.annotate.boxes import anchors, decode_detections, merge_detections
+from fairhuman_jax.annotate.boxes import LEAST_SCORE, anchors, decode_detections, merge_detections
 from fairhuman_jax.annotate.models import MODELS, LiteModel
 from fairhuman_jax.annotate.poses import COCO17_IN_MEDIAPIPE33, Pose, make_pose
 from fairhuman_jax.annotate.squares import Square, check_picture, cut, letterbox, paste
@@ -94,7 +94,7 @@ class MediaPipePoses:
     Errors: those of `LiteModel`; ValueError for what is no picture uint8 [H, W, 3].
     """
 
-    def __init__(self, folder: Path | None = None, threshold: float = 0.5, threads: int | None = None) -> None:
+    def __init__(self, folder: Path | None = None, threshold: float = LEAST_SCORE, threads: int | None = None) -> None:
         self.threshold = threshold
         self._detector = LiteModel("pose_detection", folder, threads)
         self._landmarks = LiteModel("pose_landmark_full", folder, threads)

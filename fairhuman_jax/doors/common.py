@@ -30,7 +30,7 @@ def choose_cpu_kernels(dtype: str = "float32") -> None:
     since one that does not know it would end the process.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    split = CPU_DEVICES in flags or jax.config.jax_num_cpu_devices > 1
+    split = CPU_DEVICES in flags or getattr(jax.config, "jax_num_cpu_devices", 1) > 1
     if YNNPACK not in flags and not split and version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}={YNNPACK_BFLOAT16 if dtype == 'bfloat16' else ''}".strip()
 

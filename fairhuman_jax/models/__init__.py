@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fairhuman_jax.models.attention import attention
 from fairhuman_jax.models.clip import CLIPText
-from fairhuman_jax.models.clip_vision import CLIPVision, subject_pixels
+from fairhuman_jax.models.clip_vision import CLIPVision, embed_subjects, subject_pixels
 from fairhuman_jax.models.controlnet import ControlNet, controlnet_from_unet
 from fairhuman_jax.models.higher_hrnet import HigherHRNet, stage_mean
 from fairhuman_jax.models.lora import (
@@ -37,6 +37,7 @@ __all__ = [
     "attention",
     "concatenate_lora",
     "controlnet_from_unet",
+    "embed_subjects",
     "init_lora",
     "merge_lora",
     "scale_lora",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -166,3 +166,9 @@ def subject_pixels(images: jax.Array, side: int) -> jax.Array:
     pixels = images.reshape(-1, *images.shape[2:]).astype(jnp.float32)
     pixels = jax.image.resize(pixels, (pixels.shape[0], side, side, 3), "bilinear")
     return (pixels - PIXEL_MEAN) / PIXEL_STD
+
+
+def embed_subjects(encoder: CLIPVision, params: Any, pictures: jax.Array) -> jax.Array:
+    """Pictures of subjects [B, N, H, W, 3] in [0, 1] -> the encoder's `image_embeds` [B N, D], not of unit length."""
+    pixels = subject_pixels(pictures, encoder.config["image_size"])
+    return cast(Any, encoder.apply({"params": params}, pixels))["image_embeds"]

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.losses import contrastive_loss
-from fairhuman_jax.models import CLIPVision, subject_pixels
+from fairhuman_jax.models import CLIPVision, embed_subjects
 from fairhuman_jax.systems.contract import Batch, PreviewConfig
 from fairhuman_jax.weights import load_model, save_model
+from fairhuman_jax.weights.shipped import or_shipped
 
 PyTree = Any
-SHIPPED = {"people": "people_identity"}
 GREY = 0.5  # what hides the rest of a scene
 
 
@@ -82,8 +81,7 @@ class IdentityEncoder:
 
     def embed(self, params: PyTree, pictures: jax.Array) -> jax.Array:
         """Pictures [B, N, H, W, 3] in [0, 1] -> embeddings [B N, D], not of unit length."""
-        pixels = subject_pixels(pictures, self.network.config["image_size"])
-        return cast(Any, self.network.apply({"params": params}, pixels))["image_embeds"]
+        return embed_subjects(self.network, params, pictures)
 
     def sample(self, trainable: PyTree, frozen: PyTree, request: Batch, key: jax.Array) -> jax.Array:
         """The first person of each sample beside the scene that is nearest to it, images [B, H, 2 H, 3] in [-1, 1]."""
@@ -120,9 +118,7 @@ def open_image_encoder(path: str, **options: Any) -> tuple[CLIPVision, PyTree]:
 
     Errors: those of `load_model`; another network.
     """
-    if path in SHIPPED:
-        path = str(resources.files("fairhuman_jax") / "assets" / SHIPPED[path])
-    encoder, params = load_model(path, **options)
+    encoder, params = load_model(str(or_shipped(path, "people_identity")), **options)
     if not isinstance(encoder, CLIPVision):
         raise ValueError(f"{path} is a {type(encoder).__name__}, not a CLIP image encoder")
     return encoder, params

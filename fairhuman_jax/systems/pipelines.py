@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 import jax
@@ -15,9 +14,9 @@ from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, numbered
 from fairhuman_jax.systems.staged import SCENE, FaceDiffuser
 from fairhuman_jax.weights import Pipeline, load_model, load_pipeline, load_subject_model
 from fairhuman_jax.weights.shapes import pipeline_shapes
+from fairhuman_jax.weights.shipped import PEOPLE, or_shipped
 
 PyTree = Any
-SHIPPED = {"people": "people-base"}
 
 
 def open_pipeline(base: str, *, dtype: str = "float32", shapes_only: bool = False, **options: Any) -> Pipeline:
@@ -28,12 +27,10 @@ def open_pipeline(base: str, *, dtype: str = "float32", shapes_only: bool = Fals
     left out, and the published models are known without their files (weights.shapes).
     """
     read = pipeline_shapes if shapes_only else load_pipeline
-    if base in SHIPPED:
-        return read(str(resources.files("fairhuman_jax") / "assets" / SHIPPED[base]), dtype=dtype, **options)
     try:
-        return read(base, dtype=dtype, **options)
+        return read(str(or_shipped(base, "people-base")), dtype=dtype, **options)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"base model {error}; shipped with the package: {', '.join(SHIPPED)}") from error
+        raise FileNotFoundError(f"base model {error}; shipped with the package: {PEOPLE}") from error
 
 
 def open_system(

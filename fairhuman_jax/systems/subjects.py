@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.models import COLUMNS, CLIPVision, Postfuse, subject_pixels, watched_columns
+from fairhuman_jax.models import COLUMNS, CLIPVision, Postfuse, embed_subjects, watched_columns
 from fairhuman_jax.systems.conditioning import Conditioning
 from fairhuman_jax.systems.contract import Batch
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
@@ -51,9 +51,8 @@ class SubjectDiffusion(LatentDiffusion):
 
     def embed(self, params: Params, pictures: jax.Array) -> jax.Array:
         """Pictures [B, N, S, S, 3] in [0, 1] -> embeddings [B, N, D]: the image encoder's, not of unit length."""
-        pixels = subject_pixels(pictures, self.image_encoder.config["image_size"])
-        output = cast(Any, self.image_encoder.apply({"params": params["image_encoder"]}, pixels))
-        return output["image_embeds"].reshape(*pictures.shape[:2], -1)
+        embeddings = embed_subjects(self.image_encoder, params["image_encoder"], pictures)
+        return embeddings.reshape(*pictures.shape[:2], -1)
 
     def augment(
         self, params: Params, hidden: jax.Array, pictures: jax.Array, positions: jax.Array, valid: jax.Array

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import jax.numpy as jnp
 from fairhuman_jax.models import HigherHRNet, presets
 from fairhuman_jax.weights.diffusers import load_model, params_from
 from fairhuman_jax.weights.placement import Placement
+from fairhuman_jax.weights.shipped import or_shipped
 from fairhuman_jax.weights.tensors import Tensors, open_tensors
 
 PyTree = Any
 Variables = dict[str, PyTree]
-SHIPPED = {"people": "people_pose"}
 EXPECTED = "expected a HigherHRNet of mmpose, with backbone.* and keypoint_head.*"
 
 
@@ -29,8 +28,7 @@ def load_pose_network(
     the package and knows the people world at 64 pixels. dtype, host, sharding: as in `load_model`.
     Errors, one line each: those of `load_model` and `load_mmpose`; a folder with another network.
     """
-    if str(path) in SHIPPED:
-        path = Path(str(resources.files("fairhuman_jax") / "assets" / SHIPPED[str(path)]))
+    path = or_shipped(path, "people_pose")
     if Path(path).is_file():
         return load_mmpose(path, dtype, host=host, sharding=sharding)
     module, variables = load_model(path, dtype=dtype, host=host, sharding=sharding)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fairhuman_jax.weights.shipped import shipped
 from fairhuman_jax.weights.tokenizers import END, END_OF_WORD, START, byte_alphabet, load_tokenizer
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def clip_tokenizer(source: str | Path | None = None, *, pad: str = CLIP_PAD) -> 
     77 a prompt). None takes the table that ships with this package.
     Errors: no such folder or file.
     """
-    shipped = Path(str(resources.files("fairhuman_jax") / "assets" / "clip-tokenizer" / TABLE))
-    path = shipped if source is None else Path(source)
+    path = shipped(f"clip-tokenizer/{TABLE}") if source is None else Path(source)
     if path.is_file():
         return tokenizer_from_table(path, pad=pad)
     inner = path / "tokenizer"
