@@ -18,6 +18,7 @@ from fairhuman_jax.systems.identity_encoder import (
     open_image_encoder,
     people_alone,
 )
+from fairhuman_jax.weights.shipped import shipped
 
 KEY = jax.random.key(0)
 
@@ -69,8 +70,10 @@ def test_previews_show_a_person_beside_the_nearest_scene():
     height, width = given["image"].shape[1:3]
     assert shown.shape == (4, height, 2 * width, 3) and len(titles) == 4
     scenes = given["image"] / 127.5 - 1.0
-    for row in shown:
-        assert any(np.allclose(row[:, width:], scene, atol=1e-5) for scene in scenes)
+    first = given | {name: given[name][:, :1] for name in ("object_pixels", "object_masks")}
+    found = [encoder.embed(trainable, x) for x in (first["object_pixels"] / 255.0, people_alone(first))]
+    person, scene = (np.asarray(x) / np.linalg.norm(x, axis=1, keepdims=True) for x in found)
+    np.testing.assert_allclose(shown[:, :, width:], scenes[(person @ scene.T).argmax(1)], rtol=0, atol=1e-5)
 
 
 def test_a_subject_model_begins_from_what_was_written(tmp_path):
@@ -108,11 +111,13 @@ def test_the_shipped_encoder_fits_the_shipped_model_and_tells_people_apart():
     assert (cosines.argmax(1) == np.arange(count)).mean() > 0.2
 
 
-def test_what_makes_no_encoder_is_refused(tmp_path):
+def test_what_makes_no_encoder_is_refused():
     with pytest.raises(ValueError, match="temperature is 0"):
         system(temperature=0.0)
     with pytest.raises(ValueError, match="no CLIP image encoder with projection"):
         IdentityEncoderConfig(network=VISION | {"architectures": ["CLIPVisionModel"]}).build()
+    with pytest.raises(ValueError, match="is a AutoencoderKL, not a CLIP image encoder"):
+        open_image_encoder(str(shipped("people-base/vae")))
     given = batch(subject_model())
     del given["object_pixels"]
     encoder = system()
