@@ -76,7 +76,7 @@ class MediaPipeFaces:
         seen = [self._decoded(name, picture, whole) for name in DETECTORS]
         all_scores, all_values = (np.concatenate(part) for part in zip(*seen, strict=True))
         scores, values = merge_detections(all_scores, all_values)
-        corners = whole.to_picture(values.reshape(len(values), -1, 2))
+        corners = whole.to_picture(values.reshape(len(values), values.shape[1] // 2, 2))
         found = [self._face(picture, at, float(score)) for at, score in zip(corners, scores, strict=True)]
         return sorted((face for face in found if face is not None), key=lambda face: -face.area)
 
