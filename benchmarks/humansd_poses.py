@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from objectives import cell, interval
 from PIL import Image
-from scipy import stats
 
 from fairhuman_jax.annotate.drawing import draw_poses
 from fairhuman_jax.annotate.mediapipe import MediaPipePoses
@@ -118,8 +118,7 @@ def errors(model: str) -> dict[str, float]:
 
 def mean_and_interval(values: np.ndarray) -> str:
     """Mean with the half width of its 95 % interval by Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.3f} ± {half:.3f}"
+    return cell(interval(values.tolist()), ".3f")
 
 
 def enlarged(picture: np.ndarray) -> np.ndarray:

@@ -44,7 +44,6 @@ from fairhuman_jax.systems.facediffuser import SubjectModelConfig
 from fairhuman_jax.systems.pipelines import open_staged
 from fairhuman_jax.systems.staged import FaceDiffuser, StagedRequest, draw_delayed, make_staged_request
 from fairhuman_jax.training.logging import table
-from fairhuman_jax.training.sharding import make_mesh, replicate, shard_rows
 from fairhuman_jax.weights import MARKER
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "people_sdm.py"
@@ -142,14 +141,13 @@ def train_ruler(pictures: np.ndarray, who: np.ndarray, tops: np.ndarray, steps: 
         updates, state = optimizer.update(jax.grad(loss)(params, *batch), state, params)
         return optax.apply_updates(params, updates), state
 
-    mesh = make_mesh()
-    params, state = replicate(mesh, (params, optimizer.init(params)))
+    state = optimizer.init(params)
     for _ in range(steps):
         rows = rng.integers(len(pictures), size=RULER_BATCH)
         shown = pictures[rows] + rng.normal(0, 0.03, (RULER_BATCH, 1, 1, 3)).astype(np.float32)
         shown = np.where(rng.random((RULER_BATCH, 1, 1, 1)) < 0.5, shown, shown[:, :, ::-1])
         shown = np.roll(shown, rng.integers(-3, 4, 2), (1, 2))
-        params, state = step(params, state, *shard_rows(mesh, (shown, who[rows], tops[rows]), RULER_BATCH))
+        params, state = step(params, state, shown, who[rows], tops[rows])
     return jax.device_get(params["ruler"])
 
 
@@ -219,8 +217,6 @@ def draw(
 ) -> dict[str, list[np.ndarray]]:
     """The pictures of each method, from the same noise."""
     jobs, drawn = list(zip(prompts, references, range(len(prompts)), strict=True)), {}
-    mesh = make_mesh()
-    params = replicate(mesh, params)
     for name, (program, rows) in programs(system, options.steps).items():
         parts = []
         for part in in_parts(jobs):
@@ -236,7 +232,7 @@ def draw(
                 beta=BETA,
                 **rows,
             )
-            parts.append(np.asarray(program(params, shard_rows(mesh, request, BATCH), jax.random.key(0))))
+            parts.append(np.asarray(program(params, request, jax.random.key(0))))
         drawn[name] = as_bytes(np.concatenate(parts)[: len(jobs)])
     return drawn
 
