@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--show", action="store_true", help="print the configuration with its fields and stop")
     parser.add_argument(
-        "--compile-only", metavar="TOPOLOGY", help="compile for a TPU slice, as v5p:4x4x4, print what it needs and stop"
+        "--compile-only",
+        metavar="TOPOLOGY",
+        help="compile for TPUs or GPUs that need not be there, as v5p:4x4x4 or h100:8, print what each needs and stop",
     )
     several = parser.add_argument_group("one of several processes that train together")
     several.add_argument(

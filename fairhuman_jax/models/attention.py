@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "splash")
 CUDNN_HEAD_DIM = {8.0: 128, 9.0: 256}  # widest head by compute capability
+# Compute capability by a word of the device's kind: all that is known of a GPU that is compiled for and not at hand.
+COMPUTE_CAPABILITY = {"A100": "8.0", "H100": "9.0", "H200": "9.0", "B200": "10.0"}
 SPLASH_LENGTH = 1024  # shorter sequences are faster without the kernel
 SPLASH_BLOCK, SPLASH_LANES = 512, 128
 BLOCKED_LENGTH, BLOCK = 1024, 512  # keys from which on a CPU gains by blocks, and queries in one
@@ -29,14 +31,16 @@ def attention(
 
     `xla` runs everywhere, with scores and softmax in float32. `blocked` does the same one head and `BLOCK` queries at
     a time, for CPUs, which run batched products at a fifth of the rate of plain ones. `cudnn` is NVIDIA's fused kernel:
-    bfloat16 or float16, head_dim a multiple of 8 and at most 128 (256 from Hopper on). `splash` is the fused TPU
-    kernel, used for self-attention of at least 1024 tokens and no mask, `xla` for all else; off a TPU it is
-    interpreted, slowly. `auto` takes, when the call is traced, what suits the platform (`target`) and the shapes.
+    bfloat16 or float16, head_dim a multiple of 8 and at most 128 (256 from Hopper on), used for even lengths, `xla`
+    for odd ones, which jax 0.10 refuses to pull back (77 tokens of text). `splash` is the fused TPU kernel, used for
+    self-attention of at least 1024 tokens and no mask, `xla` for all else; off a TPU it is interpreted, slowly. `auto`
+    takes, when the call is traced, what suits the platform (`target`) and the shapes.
     Errors: an unknown implementation is refused by name.
     """
     if implementation == "auto":
         implementation = fitting(query, key, causal, *target(), unsplit())
-    if implementation == "xla" or (implementation == "splash" and not _splash_fits(query, key, causal)):
+    unfit = {"splash": not _splash_fits(query, key, causal), "cudnn": not _cudnn_fits(query, key)}
+    if implementation == "xla" or unfit.get(implementation, False):
         return _xla(query, key, value, causal=causal)
     if implementation == "blocked":
         return _blocked(query, key, value, causal=causal)
@@ -65,7 +69,7 @@ def fitting(query: jax.Array, key: jax.Array, causal: bool, platform: str, capab
     if platform == "gpu" and capability.replace(".", "").isdigit():  # other makers' devices name no number
         widest = max((width for least, width in CUDNN_HEAD_DIM.items() if float(capability) >= least), default=0)
         half, width = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
-        return "cudnn" if half and width <= widest and width % 8 == 0 else "xla"
+        return "cudnn" if half and width <= widest and width % 8 == 0 and _cudnn_fits(query, key) else "xla"
     if platform == "cpu":
         return "blocked" if whole and min(query.shape[1], key.shape[1]) >= BLOCKED_LENGTH else "xla"
     return "splash" if platform == "tpu" and whole and _splash_fits(query, key, causal) else "xla"
@@ -80,7 +84,7 @@ def target() -> tuple[str, str]:
     device = jax.local_devices()[0]
     meant = jax.sharding.get_abstract_mesh().abstract_device
     if meant is not None and meant.platform != device.platform:
-        return meant.platform, ""
+        return meant.platform, next((of for word, of in COMPUTE_CAPABILITY.items() if word in meant.device_kind), "")
     return device.platform, str(getattr(device, "compute_capability", ""))
 
 
@@ -90,6 +94,10 @@ def unsplit() -> bool:
     The compiler splits plain programs over devices, which it cannot do with the TPU kernel.
     """
     return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
+
+
+def _cudnn_fits(query: jax.Array, key: jax.Array) -> bool:
+    return query.shape[1] % 2 == key.shape[1] % 2 == 0
 
 
 def _splash_fits(query: jax.Array, key: jax.Array, causal: bool) -> bool:

@@ -1,14 +1,13 @@
-"""The train step of a configuration compiled for a TPU slice that is not there: memory, arithmetic, communication.
+"""The train step of a configuration compiled for TPUs or GPUs that are not there: memory, arithmetic, communication.
 
-Parameters, state and batch are shapes; the compiler is the TPU's own (libtpu), and so are its refusals. Nothing is
-read but configs, nothing is computed, and one host compiles for thousands of chips, since all run one program.
+Parameters, state and batch are shapes; the compiler is the TPU's own (libtpu), and so are its refusals, or XLA's for
+GPUs (JAX's CUDA plugin), which refuses nothing. Nothing is read but configs, nothing is computed, and one host compiles
+for thousands of chips, since all run one program.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 import re
 import time
 from functools import partial
@@ -34,27 +33,10 @@ from fairhuman_jax.training.program_cost import Traffic, collectives, flops
 from fairhuman_jax.training.sharding import BATCH_SPEC, WHOLE, leaf_specs, make_mesh, named
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import step_of_run
+from fairhuman_jax.training.topologies import compiler_options, memory_of, memory_setting, topology_devices
 
 PyTree = Any
 GIB = 2**30
-FORMS = "v5e:4x4 or v6e:8x8 (two sides), v4:2x2x1, v5p:4x4x4 or tpu7x:2x2x1 (three sides)"
-# GiB that programs may use, by device kind: what the compiler of libtpu 0.0.51 says when it refuses one.
-HBM = {
-    "TPU v2": 7.48,
-    "TPU v3": 15.48,
-    "TPU v4": 30.75,
-    "TPU v5 lite": 15.75,
-    "TPU v5": 95.73,
-    "TPU v6 lite": 31.24,
-    "TPU7x": 94.74,
-}
-# No chip is touched: another process may hold them, no metadata server need be asked, and no worker is named.
-LIBTPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # of this host; the topology compiled for is another matter
-}
 _REFUSAL = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")
 
 
@@ -62,7 +44,7 @@ _REFUSAL = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT]
 class StepReport:
     """One chip's share of a compiled train step; sizes in bytes, `hbm` what programs may use of a chip's memory.
 
-    Of a program that does not fit the compiler gives `needed` alone, in its own words; `flops` counts products and
+    Of a program that does not fit TPUs the compiler gives `needed` alone, in its own words; `flops` counts products and
     convolutions (training.program_cost), `seconds` is the time of lowering and compiling.
     """
 
@@ -84,17 +66,17 @@ class StepReport:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler has accepted the program."""
+        """Whether the memory suffices."""
         return self.needed is None
 
 
 def compile_only(config: RunConfig, topology: str, *, encoded: bool = False) -> str:
-    """What the train step of `config` needs on each chip of a TPU slice such as "v5p:4x4x4", as a table.
+    """What the train step of `config` needs on each chip of "v5p:4x4x4", "h100:8" or the like, as a table.
 
     The batch is the global `train.batch_size`, of pictures and captions or encoded as the run would have them;
     `encoded` has latents and text embeddings in any case, so that the step holds the denoiser alone.
-    Errors, one line each: no libtpu; a topology that does not exist; a batch that does not divide over it; a model
-    whose shapes are not known.
+    Errors, one line each: no compiler for it; a topology that does not exist; a batch that does not divide over it; a
+    model whose shapes are not known.
     """
     return describe_report(compile_step(config, topology, encoded=encoded))
 
@@ -120,20 +102,22 @@ def compile_step(config: RunConfig, topology: str, *, encoded: bool = False) -> 
         kind=devices[0].device_kind,
         mesh=(mesh.shape["data"], mesh.shape["fsdp"]),
         samples=train.batch_size / len(devices),
-        hbm=_hbm(devices[0].device_kind),
+        hbm=memory_of(devices[0].device_kind),
         flops=flops(traced.jaxpr),
         seconds=0.0,
     )
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options(devices[0].platform))
     except jax.errors.JaxRuntimeError as error:
         refused = _REFUSAL.search(str(error))
         if refused is None:
             raise
         return dataclasses.replace(report, needed=f"{refused[1]}iB", seconds=time.monotonic() - began)
     memory = compiled.memory_analysis()
+    fits = report.hbm is None or memory.peak_memory_in_bytes <= report.hbm
     return dataclasses.replace(
         report,
+        needed=None if fits else f"{memory.peak_memory_in_bytes / GIB:.2f}GiB",
         seconds=time.monotonic() - began,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -154,7 +138,8 @@ def describe_report(report: StepReport) -> str:
     else:
         sizes = ("arguments", "outputs", "temporaries", "code")
         rows += [(name, f"{getattr(report, name) / GIB:.2f} GiB") for name in sizes]
-        rows.append(("peak", f"{report.peak / GIB:.2f}{hbm or ' GiB'}: fits"))
+        setting = f", with {advice}" if (advice := memory_setting(report.kind, report.peak)) else ""
+        rows.append(("peak", f"{report.peak / GIB:.2f}{hbm or ' GiB'}: fits{setting}"))
     rows.append(("products and convolutions", f"{report.flops / 1e12:.3g} TFLOP a step"))
     for kind, traffic in report.traffic.items():
         rows.append((kind, f"{traffic.count} a step, {traffic.bytes / 2**20:.3g} MiB of results"))
@@ -270,26 +255,3 @@ def _objectives(system: System, trainable: PyTree, frozen: PyTree, batch: Batch,
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-# ---- chips -----------------------------------------------------------------------------------------------------------
-
-
-def topology_devices(topology: str) -> list[Any]:
-    """The devices of a TPU slice, which can be compiled for and nothing else. Errors: see `compile_only`."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("compiling for TPUs needs libtpu: pip install 'fairhuman_jax[tpu-aot]'")
-    for name, value in LIBTPU.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # else two devices a chip
-    try:
-        return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{topology!r} is no TPU topology ({reason}); write it as {FORMS}") from error
-
-
-def _hbm(kind: str) -> int | None:
-    return round(HBM[kind] * GIB) if kind in HBM else None

@@ -15,6 +15,8 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+# Products of queries with keys, or of the like, in cuDNN's attention: pulled back, it forms the scores anew.
+CUDNN_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _SHAPE = re.compile(r"\b(pred|bf16|[fsuc]\d+)\w*\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -53,6 +55,9 @@ def _equation_flops(equation: Any) -> int:
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
         return _convolution_flops(equation)
+    if name in CUDNN_ATTENTION:
+        query, key = (var.aval.shape for var in equation.invars[:2])
+        return CUDNN_ATTENTION[name] * 2 * math.prod(query) * key[1]
     if name == "cond":
         return max(flops(branch) for branch in params["branches"])
     inner = sum(flops(jaxpr) for jaxpr in _inner(params))

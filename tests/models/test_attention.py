@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -109,7 +110,8 @@ def test_short_cross_and_causal_attention_stay_with_the_plain_implementation(imp
     [
         ("gpu", "9.0", "bfloat16", 160, 64, "cudnn"),
         ("gpu", "8.0", "bfloat16", 160, 64, "xla"),
-        ("gpu", "8.0", "float16", 40, 77, "cudnn"),
+        ("gpu", "8.0", "float16", 40, 78, "cudnn"),
+        ("gpu", "8.0", "float16", 40, 77, "xla"),
         ("gpu", "7.5", "float16", 64, 64, "xla"),
         ("gpu", "9.0", "float32", 64, 64, "xla"),
         ("gpu", "9.0", "bfloat16", 12, 64, "xla"),
@@ -124,6 +126,23 @@ def test_auto_chooses_by_platform_and_shape(platform, capability, dtype, width, 
     query = jax.ShapeDtypeStruct((1, length, 2, width), jnp.dtype(dtype))
     assert fitting(query, query, False, platform, capability, True) == chosen
     assert fitting(query, query, False, platform, capability, False) == (chosen if platform == "gpu" else "xla")
+
+
+@pytest.mark.parametrize(("keys", "causal", "kernels"), [(96, False, 2), (96, True, 2), (77, False, 0)])
+def test_cudnn_can_be_pulled_back_over_several_cotangents(monkeypatch, keys, causal, kernels):
+    """Traced as for a GPU, since it runs nowhere else; odd lengths, which jax 0.10 refuses, by the plain products."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    x = jax.ShapeDtypeStruct((1, 96, 2, 64), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, keys, 2, 64), jnp.bfloat16)
+    cotangents = jax.ShapeDtypeStruct((3, *x.shape), jnp.bfloat16)
+
+    def pulled(query, key, value, cotangents):
+        _, pull_back = jax.vjp(partial(attention, implementation="cudnn", causal=causal), query, key, value)
+        return jax.vmap(pull_back)(cotangents)
+
+    program = jax.make_jaxpr(pulled)(x, key, key, cotangents)
+    assert len(set(re.findall(r"dot_product_attention_[fb]wd", str(program)))) == kernels
+    assert [value.shape for value in program.out_avals] == [(3, *given.shape) for given in (x, key, key)]
 
 
 def test_a_program_is_one_devices_own_inside_a_shard_map_only():

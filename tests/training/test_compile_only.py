@@ -1,4 +1,4 @@
-"""compile_only: the trainer's step for TPU slices that are not there, and what is refused before."""
+"""compile_only: the trainer's step for TPUs and GPUs that are not there, and what is refused before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec
 from tiny_models import SMALL_UNET, random_params, tiny_pipeline
 
 from fairhuman_jax.models import UNet2DCondition
-from fairhuman_jax.models.attention import attention
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.systems.trainables import ControlNetTrainable, LoraTrainable
 from fairhuman_jax.training import compile_only as module
@@ -21,14 +20,15 @@ from fairhuman_jax.training.compile_only import (
     compile_only,
     compile_step,
     describe_report,
-    topology_devices,
 )
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.program_cost import Traffic
 from fairhuman_jax.training.sharding import AXES, make_mesh
+from fairhuman_jax.training.topologies import has_cuda_plugin
 from fairhuman_jax.weights import save_pipeline
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_cuda = pytest.mark.skipif(not has_cuda_plugin(), reason="JAX's CUDA plugin is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +99,29 @@ def test_what_does_not_fit_is_said_in_the_compilers_figures():
     assert f"does not fit: {report.needed} needed of 15.75 GiB" in describe_report(report)
 
 
-@needs_libtpu
-def test_attention_inside_a_mesh_of_tpus_takes_their_kernel():
-    """Without a TPU at hand; and not the interpreter that stands in for it elsewhere."""
-    mesh = make_mesh(devices=topology_devices("v5e:1x1"))
-    split = PartitionSpec(AXES)
-    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
-    program = jax.make_jaxpr(
-        jax.shard_map(lambda q: attention(q, q, q), mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    )(x)
-    assert "pallas_call" in str(program)
-    assert "interpret=False" in str(program)
+# ---- on XLA's for GPUs -----------------------------------------------------------------------------------------------
+
+
+@needs_cuda
+def test_a_step_compiles_for_two_gpus(base):
+    report = compile_step(run_config(base, batch_size=8), "h100:2")
+    assert (report.chips, report.mesh, report.samples, report.kind) == (2, (2, 1), 4, "NVIDIA H100 80GB HBM3")
+    assert report.fits
+    assert 0 < report.arguments < report.peak
+    assert report.traffic["all-reduce"].count >= 2
+    assert "of 75.15 GiB: fits\n" in describe_report(report)
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [(7 * 2**20, "GiB needed of 75.15 GiB"), (5 * 2**20, "fits, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95")],
+)
+def test_memory_of_a_gpu_is_compared_with_what_it_has(pictures, said):
+    """84 and 60 GiB of pictures."""
+    train = TrainConfig(batch_size=pictures)
+    config = RunConfig(system=Brightness(), output="unused", train=train)  # pyright: ignore[reportArgumentType]
+    assert said in compile_only(config, "h100:1")
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -174,29 +186,8 @@ def test_a_report_is_a_table():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v5e-16", "v5e:3x3", "v9:2x2", "v5litepod:4x4", "v5e", "pod"])
-def test_topologies_that_do_not_exist_are_refused(topology):
-    with pytest.raises(
-        ValueError, match=rf"'{topology}' is no TPU topology.*write it as v5e:4x4 or.*v5p:4x4x4"
-    ) as error:
-        topology_devices(topology)
-    assert "\n" not in str(error.value)
-
-
-@needs_libtpu
-def test_v4_has_one_device_a_chip():
-    assert len(topology_devices("v4:2x2x1")) == 4
-
-
-@needs_libtpu
 def test_a_batch_that_does_not_divide_is_refused(base):
     with pytest.raises(ValueError, match=r"train\.batch_size=6 does not divide over the 4 chips of v5e:2x2; make it"):
         compile_only(run_config(base, batch_size=6), "v5e:2x2")
     with pytest.raises(ValueError, match=r"4 chips of v5e:2x2 x 4 micro-batches; make it a multiple of 16"):
         compile_only(run_config(base, batch_size=8, accumulate=4), "v5e:2x2")
-
-
-def test_without_libtpu_one_line_says_what_to_install(base, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"compiling for TPUs needs libtpu: pip install 'fairhuman_jax\[tpu-aot\]'"):
-        compile_only(run_config(base), "v5e:2x2")

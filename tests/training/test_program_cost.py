@@ -69,6 +69,18 @@ def test_kernels_count_once_a_grid_point():
     assert kernel == plain == 2 * (2 * 2 * 1024 * 1024 * 128)
 
 
+def test_cudnns_attention_counts_as_the_products_it_stands_for(monkeypatch):
+    """Two forwards; pulled back four, and the scores once more."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    query, key = (jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16) for length in (96, 32))
+
+    def both_ways(query, key):
+        out, pull_back = jax.vjp(partial(attention, implementation="cudnn"), query, key, key)
+        return pull_back(out)
+
+    assert flops(jax.make_jaxpr(both_ways)(query, key)) == (2 + 5) * (2 * 2 * 4 * 96 * 32 * 64)
+
+
 def test_collectives_of_a_compiled_loop():
     """Four devices on fsdp, two on data: a gather a layer, twice under remat, a scatter a layer and one reduction."""
     mesh = make_mesh(4)

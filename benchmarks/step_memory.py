@@ -1,11 +1,12 @@
-"""Memory of full-size fair steps on TPU slices, by the TPU's own compiler and without a TPU, as a Markdown table.
+"""Memory of full-size fair steps on TPU slices and GPUs, by their compilers and without them, as a Markdown table.
 
-    python benchmarks/tpu_memory.py --systems lora --chips v5p --counts 8
-    python benchmarks/tpu_memory.py --systems lora controlnet --gradients plain stacked sequential replay
-    python benchmarks/tpu_memory.py --list              # the rows that a command stands for, and which are there
+    python benchmarks/step_memory.py --systems lora --chips v5p --counts 8
+    python benchmarks/step_memory.py --chips h100 --counts 1 --gradients plain stacked sequential replay
+    python benchmarks/step_memory.py --list              # the rows that a command stands for, and which are there
 
-Needs libtpu (the tpu-aot extra). A row is one compilation of the trainer's step (training/compile_only.py): minutes and
-up to 13 GB, in a process of its own. Rows are kept in a JSON file, by what they are of, and never compiled again.
+Needs libtpu (the tpu-aot extra) or JAX's CUDA plugin (cuda). A row is one compilation of the trainer's step
+(training/compile_only.py): minutes and up to 13 GB, in a process of its own. Rows are kept in a JSON file, by what they
+are of, and never compiled again.
 "plain" is the step of the global objective alone. Large trainables and, with `--shard-frozen`, the frozen base are
 split over `--fsdp` chips (0: all).
 """
@@ -23,12 +24,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fairhuman_jax.training.topologies import GPUS
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"lora": "fair_lora_sdxl", "controlnet": "fair_controlnet_sdxl", "adapter": "fair_t2i_adapter_sdxl"}
 GRADIENTS = ("plain", "stacked", "sequential", "replay")
 TWO_SIDES = {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 THREE_SIDES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
-SLICES = {"v5e": TWO_SIDES, "v6e": TWO_SIDES, "v5p": THREE_SIDES}
+COUNTS = (1, *TWO_SIDES)
+HOST = 8  # GPUs
+SLICES = {"v5e": TWO_SIDES, "v6e": TWO_SIDES, "v5p": THREE_SIDES} | {
+    gpu: {count: f"{count // HOST}x{HOST}" if count > HOST else str(count) for count in COUNTS} for gpu in GPUS
+}
 GIB = 2**30
 
 
@@ -77,6 +84,8 @@ def chosen(options: argparse.Namespace) -> Iterator[Row]:
     for count, chip, system, gradients in itertools.product(
         options.counts, options.chips, options.systems, options.gradients
     ):
+        if count not in SLICES[chip]:
+            continue
         fsdp = math.gcd(options.fsdp or count, count)
         yield Row(
             system,
@@ -148,15 +157,15 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=CONFIGS, default=["lora", "controlnet"])
-    parser.add_argument("--chips", nargs="+", choices=SLICES, default=list(SLICES))
-    parser.add_argument("--counts", nargs="+", type=int, choices=TWO_SIDES, default=list(TWO_SIDES))
+    parser.add_argument("--chips", nargs="+", choices=SLICES, default=["v5e", "v6e", "v5p"])
+    parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS))
     parser.add_argument("--gradients", nargs="+", choices=GRADIENTS, default=["stacked"])
     parser.add_argument("--fsdp", type=int, default=8, help="chips that share large leaves; 0 for all")
     parser.add_argument("--shard-frozen", action="store_true", help="split the frozen base over them too")
     parser.add_argument("--samples", type=int, default=1, help="pictures a chip")
     parser.add_argument("--encoded", action="store_true", help="latents and text embeddings in the batch")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "tpu_memory.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "step_memory.json")
     parser.add_argument("--list", action="store_true", help="compile nothing")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
