@@ -14,6 +14,8 @@ CPU_DEVICES = "xla_force_host_platform_device_count"
 YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 YNNPACK_BFLOAT16 = ",".join(f"LIBRARY_FUSION_TYPE_{part}" for part in ("INDIVIDUAL_DOT", "DOT", "REDUCE"))
 
+LEFT_OUT_PASSES = "xla_disable_hlo_passes"
+
 
 def keep_compiled_programs() -> None:
     """A second start finds its compiled programs in the user's cache folder."""
@@ -26,13 +28,19 @@ def choose_cpu_kernels(dtype: str = "float32") -> None:
     XLA's own convolutions and products are faster at the sizes of a UNet (docs/benchmarks.md), except in bfloat16, for
     whose products it has no fast code (`models/products.py`). Where the CPU is split into several devices all is left
     to YNNPACK: programs of XLA's own kernels that run side by side in one process can damage each other's results
-    (docs/porting_notes.md, 11). An XLA_FLAGS that sets the option is obeyed; other versions of jaxlib are left alone,
-    since one that does not know it would end the process.
+    (docs/porting_notes.md, 11). In bfloat16 nothing is moved out of loops either: what XLA moves there are float32
+    copies of whole stacks of weights. An XLA_FLAGS that sets an option is obeyed; other versions of jaxlib are left
+    alone, since one that does not know it would end the process.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    if not version("jaxlib").startswith("0.10."):
+        return
+    flags, half = os.environ.get("XLA_FLAGS", ""), dtype == "bfloat16"
     split = CPU_DEVICES in flags or getattr(jax.config, "jax_num_cpu_devices", 1) > 1
-    if YNNPACK not in flags and not split and version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] = f"{flags} --{YNNPACK}={YNNPACK_BFLOAT16 if dtype == 'bfloat16' else ''}".strip()
+    wanted = {} if split else {YNNPACK: YNNPACK_BFLOAT16 if half else ""}
+    if half:
+        wanted[LEFT_OUT_PASSES] = "while-loop-invariant-code-motion"
+    added = [f"--{option}={value}" for option, value in wanted.items() if option not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
 
 
 def dtype_of(system: Any) -> str:

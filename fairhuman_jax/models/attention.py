@@ -105,15 +105,36 @@ def _splash_fits(query: jax.Array, key: jax.Array, causal: bool) -> bool:
 
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
-    weights = _softmax(query, key, causal).astype(value.dtype)
-    summed_in = jnp.float32 if target()[0] == "cpu" else value.dtype  # as in models/products.py
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value, preferred_element_type=summed_in).astype(value.dtype)
+    if target()[0] != "cpu":
+        weights = _softmax(query, key, causal).astype(value.dtype)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    # Products over one axis of batch and heads are faster there; summed in float32 as in models/products.py.
+    queries, keys, values = (_by_head(x) for x in (query, key, value))
+    scores = jnp.einsum("bqd,bkd->bqk", queries, keys, preferred_element_type=jnp.float32)
+    weights = _probabilities(scores, query.shape[-1], causal).astype(value.dtype)
+    summed = jnp.einsum("bqk,bkd->bqd", weights, values, preferred_element_type=jnp.float32)
+    return _from_heads(summed.astype(value.dtype), query.shape[2])
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    """[B, L, H, D] -> [B H, L, D]."""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[-1])
+
+
+def _from_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B H, L, D] -> [B, L, H, D]."""
+    return x.reshape(-1, heads, *x.shape[1:]).swapaxes(1, 2)
 
 
 def _softmax(query: jax.Array, key: jax.Array, causal: bool = False) -> jax.Array:
     """`softmax(q k^T / sqrt(head_dim))`, float32 [B, H, Lq, Lk]."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
+    return _probabilities(scores, query.shape[-1], causal)
+
+
+def _probabilities(scores: jax.Array, width: int, causal: bool) -> jax.Array:
+    """Softmax over the last axis of float32 `scores / sqrt(width)` [..., Lq, Lk]."""
+    scores = scores * width**-0.5
     if causal:
         allowed = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
@@ -121,7 +142,7 @@ def _softmax(query: jax.Array, key: jax.Array, causal: bool = False) -> jax.Arra
 
 
 def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
-    batch, length, heads, width = query.shape
+    length, heads, width = query.shape[1:]
     padded = jnp.pad(query, ((0, 0), (0, -length % BLOCK), (0, 0), (0, 0)))
     places = jnp.arange(padded.shape[1]).reshape(-1, BLOCK)
     allowed_from = jnp.arange(key.shape[1])
@@ -140,13 +161,10 @@ def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool
 
         return jax.lax.map(one_block, (queries.reshape(*places.shape, width), places)).reshape(-1, width)
 
-    def by_head(x: jax.Array) -> jax.Array:
-        return x.swapaxes(1, 2).reshape(batch * heads, -1, x.shape[-1])
-
     # A last column of ones has the product sum the weights as well, which saves a pass over them.
     summed = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
-    result = jax.lax.map(one_head, (by_head(padded), by_head(key).swapaxes(1, 2), by_head(summed)))
-    return result.reshape(batch, heads, -1, width)[:, :, :length].swapaxes(1, 2)
+    result = jax.lax.map(one_head, (_by_head(padded), _by_head(key).swapaxes(1, 2), _by_head(summed)))
+    return _from_heads(result, heads)[:, :length]
 
 
 def _weights(scores: jax.Array, width: int) -> jax.Array:

@@ -152,3 +152,20 @@ def test_compiled_for_a_cpu_nothing_is_widened_before_a_product():
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "False"] * 2
+
+
+def test_compiled_for_a_cpu_a_scanned_stack_of_kernels_has_no_float32_copy():
+    """With the doors' choice of passes; XLA by itself widens the whole stack ahead of the loop."""
+    code = (
+        "from fairhuman_jax.doors.common import choose_cpu_kernels\n"
+        "choose_cpu_kernels('bfloat16')\n"
+        "import jax, jax.numpy as jnp\n"
+        "from fairhuman_jax.models.products import product\n"
+        "stack = jnp.ones((6, 256, 256), jnp.bfloat16)\n"
+        "loop = jax.jit(lambda x, stack: jax.lax.scan(lambda x, kernel: (product(x, kernel), None), x, stack)[0])\n"
+        "memory = loop.lower(jnp.ones((8, 256), jnp.bfloat16), stack).compile().memory_analysis()\n"
+        "print(memory.temp_size_in_bytes < stack.nbytes)"
+    )
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
