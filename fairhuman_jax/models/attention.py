@@ -16,7 +16,7 @@ CUDNN_HEAD_DIM = {8.0: 128, 9.0: 256}  # widest head by compute capability
 # Compute capability by a word of the device's kind: all that is known of a GPU that is compiled for and not at hand.
 COMPUTE_CAPABILITY = {"A100": "8.0", "H100": "9.0", "H200": "9.0", "B200": "10.0"}
 SPLASH_LENGTH = 1024  # shorter sequences are faster without the kernel
-SPLASH_BLOCK, SPLASH_LANES = 512, 128
+SPLASH_BLOCK = 512
 BLOCKED_LENGTH, BLOCK = 1024, 512  # keys from which on a CPU gains by blocks, and queries in one
 SPLASH_BLOCK_SIZES = (
     *("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
@@ -173,13 +173,13 @@ def _weights(scores: jax.Array, width: int) -> jax.Array:
 
 
 def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The TPU kernel, on heads padded to full lanes and lengths padded to full blocks."""
+    """The TPU kernel, on lengths padded to full blocks."""
     from jax.experimental.pallas.ops.tpu import splash_attention  # here, because it takes long to import
 
     _, length, heads, width = query.shape
-    rows, lanes = -length % SPLASH_BLOCK, -width % SPLASH_LANES
+    rows = -length % SPLASH_BLOCK
     query = query * jnp.asarray(width**-0.5, query.dtype)
-    padded = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, lanes))).swapaxes(1, 2) for x in (query, key, value))
+    padded = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
     # Padded keys are another segment than real ones, so that no real query sees them.
     segment = jnp.int32(jnp.arange(length + rows) >= length)
     mask = splash_attention.MultiHeadMask([splash_attention.FullMask((length + rows, length + rows))] * heads)
@@ -193,7 +193,7 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     )
     batched = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     out = cast(jax.Array, batched(*padded, splash_attention.SegmentIds(segment, segment) if rows else None))
-    return out.swapaxes(1, 2)[:, :length, :, :width]
+    return out.swapaxes(1, 2)[:, :length]
 
 
 def batchable_backward(kernel):
