@@ -253,7 +253,10 @@ class SceneModelConfig:
 
     def build(self) -> SceneModel:
         """Reads the base. Errors: files that are not there, cannot be read or do not fit."""
-        pipeline = open_pipeline(self.base, remat=self.remat, attention=self.attention)
+        return self.attach(open_pipeline(self.base, remat=self.remat, attention=self.attention))
+
+    def attach(self, pipeline: Pipeline) -> SceneModel:
+        """The system around an open pipeline, whose parameters are float32 or shapes."""
         return SceneModel(computing_in(pipeline, jnp.dtype(self.dtype)), config=self)
 
 

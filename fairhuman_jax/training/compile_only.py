@@ -21,11 +21,14 @@ from jax.sharding import NamedSharding
 from fairhuman_jax.annotate.poses import JOINTS
 from fairhuman_jax.data.keypoint_transforms import PEOPLE
 from fairhuman_jax.data.shards import MANIFEST, ShardedDataset
+from fairhuman_jax.models import CLIPVision
 from fairhuman_jax.systems.contract import Batch, System
+from fairhuman_jax.systems.facediffuser import SceneModelConfig, SubjectModelConfig
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.systems.humansd import HumanSDConfig
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, numbered
 from fairhuman_jax.systems.pipelines import open_pipeline
+from fairhuman_jax.systems.subjects import SubjectDiffusion
 from fairhuman_jax.training.combining import init_fair
 from fairhuman_jax.training.config import RunConfig
 from fairhuman_jax.training.logging import table
@@ -34,6 +37,8 @@ from fairhuman_jax.training.sharding import BATCH_SPEC, WHOLE, leaf_specs, make_
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import step_of_run
 from fairhuman_jax.training.topologies import compiler_options, memory_of, memory_setting, topology_devices
+from fairhuman_jax.weights.shapes import image_encoder_config
+from fairhuman_jax.weights.shipped import or_shipped
 
 PyTree = Any
 GIB = 2**30
@@ -184,14 +189,23 @@ def abstract_step(
 
 
 def abstract_system(config: Any) -> System:
-    """The system of a configuration; the base of a FairHuman or a HumanSD has shapes for parameters.
+    """The system of a configuration; the base of a latent diffusion model has shapes for parameters.
 
-    Its `vae` is not looked for: another autoencoder for the same base differs in numbers alone.
+    Its `vae` is not looked for: another autoencoder for the same base differs in numbers alone. A subject model that
+    goes on from another one is read.
     """
-    if not isinstance(config, FairHumanConfig | HumanSDConfig):
+    goes_on = isinstance(config, SubjectModelConfig) and config.image_encoder is None
+    if goes_on or not isinstance(config, FairHumanConfig | HumanSDConfig | SceneModelConfig | SubjectModelConfig):
         return config.build()
-    runtime = {"dtype": config.dtype, "remat": config.remat, "attention": config.attention}
-    return config.attach(open_pipeline(config.base, shapes_only=True, **runtime))
+    runtime = {"remat": config.remat, "attention": config.attention}
+    kept = "float32" if isinstance(config, SceneModelConfig | SubjectModelConfig) else config.dtype
+    pipeline = open_pipeline(config.base, shapes_only=True, dtype=kept, **runtime)
+    if not isinstance(config, SubjectModelConfig):
+        return config.attach(pipeline)
+    encoder: Any = config.image_encoder
+    if isinstance(encoder, str):
+        encoder = image_encoder_config(or_shipped(encoder, "people_identity"))
+    return config.attach(pipeline, CLIPVision.from_config(encoder, **runtime), {})
 
 
 def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
@@ -226,7 +240,10 @@ def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) ->
             numbered("input_ids", i): ((count, encoder.to_config()["max_position_embeddings"]), jnp.int32)
             for i, encoder in enumerate(system.pipeline.text_encoders)
         }
-        if encoded or "texts" in stored:
+        if isinstance(system, SubjectDiffusion):  # whose text is encoded with its subjects, so never beforehand
+            shapes["subject_positions"] = ((count, system.slots), jnp.int32)
+            shapes["subject_valid"] = ((count, system.slots), jnp.bool_)
+        elif encoded or "texts" in stored:
             tokens = {name: jax.ShapeDtypeStruct(*shape) for name, shape in ids.items()}
             hidden, pooled = jax.eval_shape(system.encode_text, system.pipeline.params, tokens)
             ids = {"text_hidden": (hidden.shape, jnp.float16), "text_pooled": (pooled.shape, jnp.float16)}

@@ -10,11 +10,10 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
-
-from fairhuman_jax.models.attention import COMPUTE_CAPABILITY
 
 TPU_FORMS = "v5e:4x4 or v6e:8x8 (two sides), v4:2x2x1, v5p:4x4x4 or tpu7x:2x2x1 (three sides)"
 # GiB that programs may use, by device kind: what the compiler of libtpu 0.0.51 says when it refuses one.
@@ -39,13 +38,15 @@ _GPU_NAME = re.compile(r"(?:(\d+)x)?(\d+)")
 
 @dataclass(frozen=True)
 class Gpu:
-    """What XLA asks of a GPU: its memory in bytes, bytes a second to it, clock in GHz, multiprocessors with their
-    float32 lanes, and bytes of level-2 cache and of shared memory (a multiprocessor's, and the most a block may have).
+    """What XLA asks of a GPU: its memory in bytes, bytes a second to it, compute capability, clock in GHz,
+    multiprocessors with their float32 lanes, and bytes of level-2 cache and of shared memory (a multiprocessor's, and
+    the most a block may have).
     """
 
     kind: str
     memory: int
     bandwidth: int
+    capability: str
     cores: int
     lanes: int
     clock: float
@@ -54,8 +55,7 @@ class Gpu:
 
     def description(self) -> str:
         """The text of XLA's `GpuTargetConfigProto`."""
-        word = next(word for word in COMPUTE_CAPABILITY if word in self.kind)
-        major, minor = COMPUTE_CAPABILITY[word].split(".")
+        major, minor = self.capability.split(".")
         per_core, per_block = self.shared
         return f"""
             platform_name: "CUDA" device_description_str: "{self.kind}"
@@ -73,15 +73,16 @@ class Gpu:
         """
 
 
-A100 = {"cores": 108, "lanes": 64, "clock": 1.41, "cache": 41_943_040, "shared": (167_936, 166_912)}
-HOPPER = {"cores": 132, "lanes": 128, "clock": 1.98, "cache": 52_428_800, "shared": (233_472, 232_448)}
-BLACKWELL = {"cores": 148, "lanes": 128, "clock": 1.965, "cache": 132_644_864, "shared": (233_472, 232_448)}
+A100 = partial(Gpu, capability="8.0", cores=108, lanes=64, clock=1.41, cache=41_943_040, shared=(167_936, 166_912))
+HOPPER = partial(Gpu, capability="9.0", cores=132, lanes=128, clock=1.98, cache=52_428_800, shared=(233_472, 232_448))
 GPUS = {
-    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1_555_200_000_000, **A100),
-    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2_039_040_000_000, **A100),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000, **HOPPER),
-    "h200": Gpu("NVIDIA H200", 151_397_597_184, 4_800_000_000_000, **HOPPER),
-    "b200": Gpu("NVIDIA B200", 191_514_411_008, 7_672_320_000_000, **BLACKWELL),
+    "a100-40gb": A100("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1_555_200_000_000),
+    "a100-80gb": A100("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2_039_040_000_000),
+    "h100": HOPPER("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
+    "h200": HOPPER("NVIDIA H200", 151_397_597_184, 4_800_000_000_000),
+    "b200": Gpu(
+        "NVIDIA B200", 191_514_411_008, 7_672_320_000_000, "10.0", 148, 128, 1.965, 132_644_864, (233_472, 232_448)
+    ),
 }
 JAX_SHARE, GPU_SHARE = 0.75, 0.95  # of a GPU's memory: what JAX takes by itself, and what it can be given
 GPU_FORMS = f"h100:8 or, on two hosts, h100:2x8 (GPUs: {', '.join(GPUS)})"

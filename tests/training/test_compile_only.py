@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny_models import SMALL_UNET, random_params, tiny_pipeline
 
+from fairhuman_jax.config import load_config
 from fairhuman_jax.models import UNet2DCondition
 from fairhuman_jax.systems.fairhuman import FairHumanConfig
 from fairhuman_jax.systems.trainables import ControlNetTrainable, LoraTrainable
@@ -59,6 +61,7 @@ class Brightness:
         return {"global": prediction["output"].mean()}
 
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 LORA = LoraTrainable(rank=2)
 
 
@@ -150,6 +153,28 @@ def test_arguments_are_placed_as_the_trainer_places_them(base, trainable, given)
     new, metrics = jax.eval_shape(step, state, frozen, batch)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert {"loss/global", "loss/face", "loss/hand"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("name", ["people_sdm", "people_tdm"])
+def test_subject_and_scene_models_have_shapes(name):
+    config = load_config(CONFIGS / f"{name}.py", ["train.batch_size=8", "train.accumulate=1"])
+    step, (state, frozen, batch) = module.abstract_step(config, make_mesh(2))
+    said = config.system.build().tokenize(["a man <|image|> and a woman <|image|> in a garden"] * 8)
+    assert {key: (leaf.shape, leaf.dtype) for key, leaf in batch.items() if key in said} == {
+        key: (array.shape, array.dtype) for key, array in said.items()
+    }
+    _, metrics = jax.eval_shape(step, state, frozen, batch)
+    assert "loss/denoising" in metrics
+
+
+def test_published_subject_models_need_no_download():
+    config = load_config(CONFIGS / "facediffuser_sdm.py")
+    system = module.abstract_system(config.system)
+    assert {type(leaf) for leaf in jax.tree.leaves(system.pipeline.params)} == {jax.ShapeDtypeStruct}
+    assert system.image_encoder.config["num_hidden_layers"] == 24
+    unknown = dataclasses.replace(config.system, image_encoder="somebody/elses")
+    with pytest.raises(FileNotFoundError, match=r"somebody/elses: no such folder, nor .*openai/clip-vit-large-patch14"):
+        module.abstract_system(unknown)
 
 
 # ---- reports and refusals --------------------------------------------------------------------------------------------

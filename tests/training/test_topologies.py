@@ -19,11 +19,11 @@ needs_cuda = pytest.mark.skipif(not has_cuda_plugin(), reason="JAX's CUDA plugin
 GIB = 2**30
 
 
-def attention_for(topology: str, length: int) -> str:
+def attention_for(topology: str, length: int, width: int = 64) -> str:
     """The traced program of attention inside a mesh of these devices."""
     mesh = make_mesh(devices=topology_devices(topology))
     split = PartitionSpec(AXES)
-    x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16)
     local = jax.shard_map(lambda q: attention(q, q, q), mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     return str(jax.make_jaxpr(local)(x))
 
@@ -42,6 +42,7 @@ def test_attention_inside_a_mesh_of_gpus_takes_cudnns_kernel(name, monkeypatch):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     assert "dot_product_attention_fwd" in attention_for(f"{name}:1", 96)
     assert "dot_product_attention_fwd" not in attention_for(f"{name}:1", 77)
+    assert "dot_product_attention_fwd" not in attention_for(f"{name}:1", 96, 160)  # jax asks a GPU at hand for these
 
 
 @needs_cuda
