@@ -14,6 +14,12 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 
 
+@pytest.fixture
+def cudnn_to_trace(monkeypatch):
+    """cuDNN's attention can be traced, as where cuDNN is installed."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+
+
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
     """{name: (Portrait, picture)} of the public-domain portraits; for tests that may use the package index."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from compilers import printed_on_cpu
 from PIL import Image
 
 from fairhuman_jax.annotate.bottom_up import BottomUpPoses
@@ -396,6 +397,4 @@ def test_own_kernels_are_for_float32_on_one_device(flags, devices, dtype, own):
         "import jax, jax.numpy as jnp\n"
         "print('ynn' not in jax.jit(lambda x: x @ x).lower(jnp.ones((256, 256))).compile().as_text())"
     )
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == str(own)
+    assert printed_on_cpu(code, flags)[-1] == str(own)

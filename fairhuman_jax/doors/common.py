@@ -13,7 +13,6 @@ from platformdirs import user_cache_dir
 CPU_DEVICES = "xla_force_host_platform_device_count"
 YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 YNNPACK_BFLOAT16 = ",".join(f"LIBRARY_FUSION_TYPE_{part}" for part in ("INDIVIDUAL_DOT", "DOT", "REDUCE"))
-
 LEFT_OUT_PASSES = "xla_disable_hlo_passes"
 
 

@@ -198,8 +198,8 @@ def abstract_system(config: Any) -> System:
     if goes_on or not isinstance(config, FairHumanConfig | HumanSDConfig | SceneModelConfig | SubjectModelConfig):
         return config.build()
     runtime = {"remat": config.remat, "attention": config.attention}
-    kept = "float32" if isinstance(config, SceneModelConfig | SubjectModelConfig) else config.dtype
-    pipeline = open_pipeline(config.base, shapes_only=True, dtype=kept, **runtime)
+    stored = config.dtype if isinstance(config, FairHumanConfig) else "float32"  # as `build` opens it
+    pipeline = open_pipeline(config.base, shapes_only=True, dtype=stored, **runtime)
     if not isinstance(config, SubjectModelConfig):
         return config.attach(pipeline)
     encoder: Any = config.image_encoder

@@ -33,7 +33,7 @@ LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # of this host; the topology compiled for is another matter
 }
-_GPU_NAME = re.compile(r"(?:(\d+)x)?(\d+)")
+_GPU_NAME = re.compile(r"(?:([1-9]\d*)x)?([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _tpus(topology: str) -> list[Any]:
 
 def _gpus(topology: str, gpu: Gpu, size: str) -> list[Any]:
     found = _GPU_NAME.fullmatch(size)
-    if found is None or "0" in found.groups():
+    if found is None:
         raise ValueError(f"{topology!r} names no number of GPUs; write it as {GPU_FORMS}")
     if not has_cuda_plugin():
         raise ValueError("compiling for GPUs needs JAX's CUDA plugin: pip install 'fairhuman_jax[cuda]'")

@@ -129,9 +129,8 @@ def test_auto_chooses_by_platform_and_shape(platform, capability, dtype, width, 
 
 
 @pytest.mark.parametrize(("keys", "causal", "kernels"), [(96, False, 2), (96, True, 2), (77, False, 0)])
-def test_cudnn_can_be_pulled_back_over_several_cotangents(monkeypatch, keys, causal, kernels):
+def test_cudnn_can_be_pulled_back_over_several_cotangents(cudnn_to_trace, keys, causal, kernels):
     """Traced as for a GPU, since it runs nowhere else; odd lengths, which jax 0.10 refuses, by the plain products."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     x = jax.ShapeDtypeStruct((1, 96, 2, 64), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, keys, 2, 64), jnp.bfloat16)
     cotangents = jax.ShapeDtypeStruct((3, *x.shape), jnp.bfloat16)

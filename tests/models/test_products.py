@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import printed_on_cpu
 
 from fairhuman_jax.models.layers import Conv, Linear
 from fairhuman_jax.models.products import FEW_CHANNELS, convolution, product
@@ -149,9 +146,7 @@ def test_compiled_for_a_cpu_nothing_is_widened_before_a_product():
         "    text = jax.jit(layer.apply).lower(params, x).compile().as_text()\n"
         "    print('ynn_fusion' in text, 'convolution(' in text, 'f32[576,72]' in text)"
     )
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False", "False"] * 2
+    assert printed_on_cpu(code) == ["True", "False", "False"] * 2
 
 
 def test_compiled_for_a_cpu_a_scanned_stack_of_kernels_has_no_float32_copy():
@@ -166,6 +161,4 @@ def test_compiled_for_a_cpu_a_scanned_stack_of_kernels_has_no_float32_copy():
         "memory = loop.lower(jnp.ones((8, 256), jnp.bfloat16), stack).compile().memory_analysis()\n"
         "print(memory.temp_size_in_bytes < stack.nbytes)"
     )
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True"]
+    assert printed_on_cpu(code) == ["True"]

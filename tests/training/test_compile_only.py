@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compilers import needs_cuda, needs_libtpu
 from jax.sharding import PartitionSpec
 from tiny_models import SMALL_UNET, random_params, tiny_pipeline
 
@@ -26,11 +26,7 @@ from fairhuman_jax.training.compile_only import (
 from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.program_cost import Traffic
 from fairhuman_jax.training.sharding import AXES, make_mesh
-from fairhuman_jax.training.topologies import has_cuda_plugin
 from fairhuman_jax.weights import save_pipeline
-
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-needs_cuda = pytest.mark.skipif(not has_cuda_plugin(), reason="JAX's CUDA plugin is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -69,9 +69,8 @@ def test_kernels_count_once_a_grid_point():
     assert kernel == plain == 2 * (2 * 2 * 1024 * 1024 * 64)
 
 
-def test_cudnns_attention_counts_as_the_products_it_stands_for(monkeypatch):
+def test_cudnns_attention_counts_as_the_products_it_stands_for(cudnn_to_trace):
     """Two forwards; pulled back four, and the scores once more."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     query, key = (jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16) for length in (96, 32))
 
     def both_ways(query, key):

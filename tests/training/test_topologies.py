@@ -7,15 +7,14 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+from compilers import needs_cuda, needs_libtpu
 from jax.sharding import PartitionSpec
 
 from fairhuman_jax.models.attention import attention
 from fairhuman_jax.training import topologies as module
 from fairhuman_jax.training.sharding import AXES, make_mesh
-from fairhuman_jax.training.topologies import GPUS, has_cuda_plugin, memory_of, memory_setting, topology_devices
+from fairhuman_jax.training.topologies import GPUS, memory_of, memory_setting, topology_devices
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-needs_cuda = pytest.mark.skipif(not has_cuda_plugin(), reason="JAX's CUDA plugin is not installed")
 GIB = 2**30
 
 
@@ -38,8 +37,7 @@ def test_attention_inside_a_mesh_of_tpus_takes_their_kernel():
 
 @needs_cuda
 @pytest.mark.parametrize("name", GPUS)
-def test_attention_inside_a_mesh_of_gpus_takes_cudnns_kernel(name, monkeypatch):
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+def test_attention_inside_a_mesh_of_gpus_takes_cudnns_kernel(name, cudnn_to_trace):
     assert "dot_product_attention_fwd" in attention_for(f"{name}:1", 96)
     assert "dot_product_attention_fwd" not in attention_for(f"{name}:1", 77)
     assert "dot_product_attention_fwd" not in attention_for(f"{name}:1", 96, 160)  # jax asks a GPU at hand for these
@@ -63,7 +61,9 @@ def test_every_gpu_can_be_compiled_for(name):
     assert program.memory_analysis().argument_size_in_bytes == 2 * 1024**2
 
 
-@pytest.mark.parametrize("topology", ["h100", "h100:", "h100:0", "h100:2x0", "h100:2x2x2", "a100-80gb:-1", "b200:x8"])
+@pytest.mark.parametrize(
+    "topology", ["h100", "h100:", "h100:0", "h100:2x0", "h100:2x2x2", "a100-80gb:-1", "b200:x8", "h100:00"]
+)
 def test_gpus_without_a_number_are_refused(topology):
     with pytest.raises(ValueError, match=rf"'{topology}' names no number of GPUs; write it as h100:8 or.*h100:2x8"):
         topology_devices(topology)
