@@ -22,16 +22,8 @@ import threading
 import time
 from pathlib import Path
 
-from random_models import write_random_model
+from random_models import SDXL_PARTS, write_random_model
 
-from fairhuman_jax.models import presets
-
-PARTS = {
-    "unet": presets.SDXL_UNET,
-    "vae": presets.SDXL_VAE,
-    "text_encoder": presets.SDXL_TEXT,
-    "text_encoder_2": presets.SDXL_TEXT_2,
-}
 SIDES = ("ours", "torch, mapped", "torch, copied")
 
 
@@ -49,7 +41,7 @@ def load(side: str, folder: Path, parts: list[str]) -> object:
 
     kept = []
     for part in parts:
-        config = PARTS[part]
+        config = SDXL_PARTS[part]
         library = diffusers if "_class_name" in config else transformers
         network = getattr(library, config.get("_class_name") or config["architectures"][0])
         kept.append(network.from_pretrained(folder / part, torch_dtype=torch.float16))
@@ -92,19 +84,19 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=sorted(PARTS), action="append", help="networks to load (default: all)")
+    parser.add_argument("--only", choices=sorted(SDXL_PARTS), action="append", help="networks to load (default: all)")
     parser.add_argument("--scratch", type=Path, default=None, help="where the folder is written")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    parts = options.only or list(PARTS)
+    parts = options.only or list(SDXL_PARTS)
     if options.side:
         print(json.dumps(measure(options.side, options.folder, parts)))
         return
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         for part in parts:
-            write_random_model(PARTS[part], Path(scratch) / part)
+            write_random_model(SDXL_PARTS[part], Path(scratch) / part)
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*.safetensors")) / 2**30
         command = [sys.executable, __file__, "--folder", scratch]
         command += [flag for part in parts for flag in ("--only", part)]

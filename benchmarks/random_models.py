@@ -1,6 +1,7 @@
 """Models of published size with random weights, written to disk tensor by tensor: for the full-size benchmarks.
 
     python benchmarks/random_models.py SDXL_UNET folder     # float16, any name of fairhuman_jax/models/presets.py
+    python benchmarks/random_models.py SDXL folder          # the whole pipeline, 6.5 GiB
 
 Linear and convolution weights are normal with variance 1 / fan-in, norms near 1, biases small: signals keep about unit
 size through the depth of a network, as they do in a trained one. The same name gives the same file.
@@ -9,6 +10,7 @@ size through the depth of a network, as they do in a trained one. The same name 
 from __future__ import annotations
 
 import argparse
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,14 @@ import numpy as np
 from fairhuman_jax.models import presets
 from fairhuman_jax.weights import expected_params
 from fairhuman_jax.weights.diffusers import NETWORKS, class_name
-from fairhuman_jax.weights.files import write_json
+from fairhuman_jax.weights.files import read_json, write_json
 from fairhuman_jax.weights.keys import leaves
 from fairhuman_jax.weights.safetensors_io import write_tensors
+from fairhuman_jax.weights.shapes import SDXL
+from fairhuman_jax.weights.shipped import shipped
+
+SDXL_PARTS = {name: config for name, config in SDXL.items() if name != "scheduler"}
+TOKENS = 77  # CLIP's, where the shipped tokenizer cuts earlier
 
 
 def write_random_model(config: dict[str, Any], folder: Path, dtype: str = "float16") -> None:
@@ -42,6 +49,24 @@ def write_random_model(config: dict[str, Any], folder: Path, dtype: str = "float
     write_json(folder / "config.json", module.to_config())
 
 
+def write_random_sdxl(folder: Path, dtype: str = "float16") -> None:
+    """A pipeline's folder that both diffusers and this package load, with the shipped tokenizer (a smaller table)."""
+    index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    for name, config in SDXL_PARTS.items():
+        write_random_model(config, folder / name, dtype)
+        library = "diffusers" if "_class_name" in config else "transformers"
+        index[name] = [library, config.get("_class_name") or config["architectures"][0]]
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(shipped("people-base") / "tokenizer", folder / name, dirs_exist_ok=True)
+        settings = read_json(folder / name / "tokenizer_config.json")
+        write_json(folder / name / "tokenizer_config.json", settings | {"model_max_length": TOKENS})
+        index[name] = ["transformers", "CLIPTokenizer"]
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    scheduler = SDXL["scheduler"] | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", index)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +74,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float16", choices=["float16", "float32", "bfloat16"])
     options = parser.parse_args()
-    write_random_model(getattr(presets, options.preset), options.folder, options.dtype)
+    if options.preset == "SDXL":
+        write_random_sdxl(options.folder, options.dtype)
+    else:
+        write_random_model(getattr(presets, options.preset), options.folder, options.dtype)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/unet_step.py                      # SD 1.5 and SDXL at 512 px, float32 and bfloat16
     python benchmarks/unet_step.py --models SD15_UNET --dtypes float32 --pixels 512
+    python benchmarks/unet_step.py --models SDXL_UNET --dtypes bfloat16 --unrolled      # ours with scan=False
 
 Each side runs in a process of its own, one after the other and twice, so that neither runs beside the other and only
 one model is in memory (SDXL in float32: 11 GiB). Weights are random. The ratio is torch's median time over ours: above
@@ -40,8 +41,8 @@ def inputs(config: dict[str, Any], pixels: int) -> dict[str, np.ndarray]:
     return found
 
 
-def ours(config: dict[str, Any], given: dict[str, np.ndarray], dtype: str, attention: str) -> Any:
-    """A call of this package's network, compiled as `sample.py` compiles it."""
+def ours(config: dict[str, Any], given: dict[str, np.ndarray], dtype: str, **runtime: Any) -> Any:
+    """A call of this package's network, compiled as `sample.py` compiles it; runtime: attention, scan."""
     from fairhuman_jax.doors.common import choose_cpu_kernels
 
     choose_cpu_kernels(dtype)
@@ -51,7 +52,7 @@ def ours(config: dict[str, Any], given: dict[str, np.ndarray], dtype: str, atten
     from fairhuman_jax.models import UNet2DCondition
     from fairhuman_jax.weights import expected_params
 
-    network = UNet2DCondition.from_config(config, dtype=jnp.dtype(dtype), attention=attention)
+    network = UNet2DCondition.from_config(config, dtype=jnp.dtype(dtype), **runtime)
     key = jax.random.key(0)
     params = jax.tree.map(
         lambda leaf: 0.02 * jax.random.normal(key, leaf.shape, jnp.dtype(dtype)), expected_params(network)
@@ -87,7 +88,10 @@ def serve(options: argparse.Namespace) -> None:
     config = getattr(presets, options.models[0])
     given = inputs(config, options.pixels)
     dtype = options.dtypes[0]
-    call = ours(config, given, dtype, options.attention) if options.side == "ours" else theirs(config, given, dtype)
+    if options.side == "ours":
+        call = ours(config, given, dtype, attention=options.attention, scan=not options.unrolled)
+    else:
+        call = theirs(config, given, dtype)
     for _ in range(options.rounds + 1):
         start = time.perf_counter()
         call()
@@ -98,6 +102,7 @@ def race(model: str, dtype: str, options: argparse.Namespace) -> dict[str, str]:
     """One row: each side in a process of its own, in turn, `PASSES` times; first calls (compilation) apart."""
     command = [sys.executable, __file__, "--models", model, "--dtypes", dtype, "--pixels", str(options.pixels)]
     command += ["--attention", options.attention, "--rounds", str(options.rounds)]
+    command += ["--unrolled"] if options.unrolled else []
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {"ours": [], "torch": []}
     for _ in range(PASSES):
@@ -125,6 +130,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--unrolled", action="store_true", help="transformer stacks of ours unrolled, not scanned")
     parser.add_argument("--side", choices=["ours", "torch"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:

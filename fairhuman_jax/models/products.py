@@ -16,7 +16,7 @@ from fairhuman_jax.models.attention import target
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 FEW_CHANNELS = 64  # in or out, below which a convolution is no faster as a product
-PATCHES_BYTES = 2**28  # of the copies of the input, beyond which they cost more memory than they are worth
+BLOCK_BYTES = 10 * 2**20  # of copies of the input made at a time, so that a processor's cache holds them
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -33,10 +33,7 @@ def convolution(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding)
     copies of the input which the forward pass makes are not kept.
     """
     if _is_widened(x) and min(kernel.shape[2:]) >= FEW_CHANNELS:
-        rows, columns = _size(x, kernel, strides, padding)
-        patches = x.shape[0] * rows * columns * (kernel.size // kernel.shape[-1]) * x.dtype.itemsize
-        if patches <= PATCHES_BYTES:
-            return _by_patches(x, kernel, strides, padding)
+        return _by_patches(x, kernel, strides, padding)
     return _whole(x, kernel, strides, padding)
 
 
@@ -60,14 +57,30 @@ def _whole(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> j
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _by_patches(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> jax.Array:
-    """What the kernel sees at each pixel, [B, H', W', h w C], times the kernel."""
-    height, width, _, features = kernel.shape
-    rows, columns = ((length - 1) * strides + 1 for length in _size(x, kernel, strides, padding))
+    """What the kernel sees at each pixel, [B, H', W', h w C], times the kernel, some rows of pixels at a time."""
+    height, width, channels, features = kernel.shape
+    rows, columns = _size(x, kernel, strides, padding)
+    row_bytes = x.shape[0] * columns * height * width * channels * x.dtype.itemsize
+    most = max(min(BLOCK_BYTES // row_bytes, rows), 1)
+    # Rows in a block. Where none divides them evenly, the last block reaches beyond the result.
+    taken = next((n for n in range(most, most // 2, -1) if rows % n == 0), most)
+    blocks = -(-rows // taken)
+    lines, reach = (taken - 1) * strides + 1, (columns - 1) * strides + 1
+    missing = (blocks * taken - 1) * strides + height - (x.shape[1] + sum(padding[0]))
+    top, bottom = padding[0]
+    added = ((0, 0), (top, bottom + max(missing, 0)), padding[1], (0, 0))
     # As integers, because copies of bfloat16 would go through float32 as well.
-    bits = jnp.pad(jax.lax.bitcast_convert_type(x, jnp.uint16), ((0, 0), *padding, (0, 0)))
-    views = [bits[:, i : i + rows : strides, j : j + columns : strides] for i in range(height) for j in range(width)]
-    patches = jax.lax.bitcast_convert_type(jnp.concatenate(views, axis=-1), x.dtype)
-    return product(patches, kernel.reshape(-1, features))
+    bits = jnp.pad(jax.lax.bitcast_convert_type(x, jnp.uint16), added)
+
+    def block(first: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(bits, first, lines + height - 1, axis=1)
+        views = [part[:, i : i + lines : strides, j : j + reach : strides] for i in range(height) for j in range(width)]
+        patches = jax.lax.bitcast_convert_type(jnp.concatenate(views, axis=-1), x.dtype)
+        return jax.lax.bitcast_convert_type(product(patches, kernel.reshape(-1, features)), jnp.uint16)
+
+    found = jax.lax.map(block, jnp.arange(blocks) * (taken * strides)).swapaxes(0, 1)
+    found = found.reshape(x.shape[0], blocks * taken, columns, features)[:, :rows]
+    return jax.lax.bitcast_convert_type(found, x.dtype)
 
 
 def _forward(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compilers import printed_on_cpu
 
+from fairhuman_jax.models import products
 from fairhuman_jax.models.layers import Conv, Linear
 from fairhuman_jax.models.products import FEW_CHANNELS, convolution, product
 
@@ -61,12 +62,23 @@ def test_few_channels_stay_a_convolution(channels):
     assert _convolutions(x, kernel) == 1
 
 
-@pytest.mark.parametrize(("batch", "convolutions"), [(2, 0), (3, 1)])
-def test_patches_that_cost_too_much_memory_stay_a_convolution(batch, convolutions):
-    """Four positions of two pictures fill the 256 MiB to the byte; nothing of that size is computed here."""
-    x = jax.ShapeDtypeStruct((batch, 512, 512, FEW_CHANNELS), jnp.bfloat16)
-    kernel = jax.ShapeDtypeStruct((2, 2, FEW_CHANNELS, FEW_CHANNELS), jnp.bfloat16)
-    assert _convolutions(x, kernel, ((0, 1), (1, 0))) == convolutions
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize(("strides", "padding"), [(1, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1))), (2, ((2, 0), (1, 1)))])
+def test_a_convolution_is_the_same_in_blocks_of_any_rows(monkeypatch, strides, padding, rows):
+    """Seven or four rows of pixels in all, so that some last blocks are not full."""
+    x, kernel = normal(2, 7, 6, FEW_CHANNELS), normal(3, 3, FEW_CHANNELS, FEW_CHANNELS + 2, seed=1)
+    exact = exact_convolution(x, kernel, strides, padding)
+    row_bytes = 2 * exact.shape[2] * 9 * FEW_CHANNELS * x.dtype.itemsize
+    monkeypatch.setattr(products, "BLOCK_BYTES", rows * row_bytes)
+    close_to_rounding(convolution(x, kernel, strides, padding), exact, 9 * FEW_CHANNELS)
+
+
+def test_compiled_for_a_cpu_a_convolution_holds_few_patches():
+    """All of them would be 72 MiB."""
+    x = jax.ShapeDtypeStruct((1, 256, 256, FEW_CHANNELS), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((3, 3, FEW_CHANNELS, FEW_CHANNELS), jnp.bfloat16)
+    program = jax.jit(lambda x, kernel: convolution(x, kernel, 1, ((1, 1), (1, 1)))).lower(x, kernel).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**20 * 72
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
