@@ -22,7 +22,7 @@ import threading
 import time
 from pathlib import Path
 
-from random_models import SDXL_PARTS, write_random_model
+from random_models import SDXL_PARTS, library_and_class, write_random_model
 
 SIDES = ("ours", "torch, mapped", "torch, copied")
 
@@ -41,9 +41,8 @@ def load(side: str, folder: Path, parts: list[str]) -> object:
 
     kept = []
     for part in parts:
-        config = SDXL_PARTS[part]
-        library = diffusers if "_class_name" in config else transformers
-        network = getattr(library, config.get("_class_name") or config["architectures"][0])
+        library, name = library_and_class(SDXL_PARTS[part])
+        network = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
         kept.append(network.from_pretrained(folder / part, torch_dtype=torch.float16))
         if side == "torch, copied":
             for parameter in kept[-1].parameters():

@@ -43,10 +43,17 @@ def write_random_model(config: dict[str, Any], folder: Path, dtype: str = "float
             return 1.0 + 0.1 * values
         return values / np.sqrt(np.prod(shape[1:]) if kind == "kernel" else 100.0)
 
-    stem = "model" if "architectures" in config else "diffusion_pytorch_model"
+    stem = "model" if library_and_class(config)[0] == "transformers" else "diffusion_pytorch_model"
     shapes = {name: shape for name, (_, shape) in kinds.items()}
     write_tensors(folder / f"{stem}.safetensors", shapes, jnp.dtype(dtype), read)
     write_json(folder / "config.json", module.to_config())
+
+
+def library_and_class(config: dict[str, Any]) -> tuple[str, str]:
+    """What the peers load a network of this config with, as `model_index.json` names it."""
+    if "_class_name" in config:
+        return "diffusers", config["_class_name"]
+    return "transformers", config["architectures"][0]
 
 
 def write_random_sdxl(folder: Path, dtype: str = "float16") -> None:
@@ -54,8 +61,7 @@ def write_random_sdxl(folder: Path, dtype: str = "float16") -> None:
     index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     for name, config in SDXL_PARTS.items():
         write_random_model(config, folder / name, dtype)
-        library = "diffusers" if "_class_name" in config else "transformers"
-        index[name] = [library, config.get("_class_name") or config["architectures"][0]]
+        index[name] = library_and_class(config)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(shipped("people-base") / "tokenizer", folder / name, dirs_exist_ok=True)
         settings = read_json(folder / name / "tokenizer_config.json")

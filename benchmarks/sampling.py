@@ -49,7 +49,7 @@ def ours(options: argparse.Namespace, batch: int) -> tuple[Callable[[], Any], di
         system, [PROMPT] * batch, range(batch), steps=options.steps, guidance=options.guidance, size=size
     )
     program = jax.jit(system.sample_images)
-    params, key = jax.device_put(params), jax.random.key(0)
+    key = jax.random.key(0)
     cost = {"flop": float(flops(program.trace(params, request, key).jaxpr))}
     kind = jax.devices()[0].device_kind
     peak = next((rate for name, rate in PEAK.items() if name in kind), None)

@@ -66,9 +66,9 @@ def _by_patches(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding)
     taken = next((n for n in range(most, most // 2, -1) if rows % n == 0), most)
     blocks = -(-rows // taken)
     lines, reach = (taken - 1) * strides + 1, (columns - 1) * strides + 1
-    missing = (blocks * taken - 1) * strides + height - (x.shape[1] + sum(padding[0]))
     top, bottom = padding[0]
-    added = ((0, 0), (top, bottom + max(missing, 0)), padding[1], (0, 0))
+    needed = (blocks * taken - 1) * strides + height - top - x.shape[1]  # lines below the input
+    added = ((0, 0), (top, max(bottom, needed)), padding[1], (0, 0))
     # As integers, because copies of bfloat16 would go through float32 as well.
     bits = jnp.pad(jax.lax.bitcast_convert_type(x, jnp.uint16), added)
 
