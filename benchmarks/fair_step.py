@@ -29,14 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.config import load_config
+from fairhuman_jax.devices.kernels import choose_cpu_kernels
+from fairhuman_jax.devices.sharding import make_mesh
 from fairhuman_jax.diffusion import NoiseSchedule
-from fairhuman_jax.doors.common import choose_cpu_kernels
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition, presets
-from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
-from fairhuman_jax.systems.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable
+from fairhuman_jax.systems.fairhuman.system import FairHuman, FairHumanConfig
+from fairhuman_jax.systems.fairhuman.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable
 from fairhuman_jax.training.combining import GRADIENTS, FairConfig, init_fair
 from fairhuman_jax.training.program_cost import flops
-from fairhuman_jax.training.sharding import make_mesh
 from fairhuman_jax.training.state import OptimizerConfig, TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import make_train_step
 from fairhuman_jax.weights import Pipeline

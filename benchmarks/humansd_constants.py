@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
+from fairhuman_jax.bases.opening import open_pipeline
 from fairhuman_jax.losses import heatmap_weight
-from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
-from fairhuman_jax.systems.pipelines import open_pipeline
 
 JOINTS = 17
 

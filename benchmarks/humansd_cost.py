@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fairhuman_jax.bases.opening import open_pipeline
 from fairhuman_jax.models import HigherHRNet, presets
-from fairhuman_jax.systems.humansd import HumanSD, HumanSDConfig
-from fairhuman_jax.systems.pipelines import open_pipeline
+from fairhuman_jax.systems.humansd.system import HumanSD, HumanSDConfig
 from fairhuman_jax.training.objectives import linearise
 from fairhuman_jax.training.program_cost import flops
 from fairhuman_jax.weights.shapes import model_shapes

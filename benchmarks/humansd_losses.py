@@ -19,9 +19,9 @@ from pathlib import Path
 from humansd_poses import CONFIG, errors
 from objectives import Record, cell, finished, interval, run
 
-from fairhuman_jax.doors.common import choose_cpu_kernels
-from fairhuman_jax.systems.humansd import LOSSES
-from fairhuman_jax.training.logging import table
+from fairhuman_jax.commands import table
+from fairhuman_jax.devices.kernels import choose_cpu_kernels
+from fairhuman_jax.systems.humansd.system import LOSSES
 
 
 def loss_settings(loss: str) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,17 @@ import numpy as np
 from objectives import cell, interval
 from PIL import Image
 
-from fairhuman_jax.annotate.drawing import draw_poses
 from fairhuman_jax.annotate.mediapipe import MediaPipePoses
-from fairhuman_jax.annotate.poses import make_pose
+from fairhuman_jax.bases.opening import open_system
+from fairhuman_jax.commands import table
 from fairhuman_jax.config import load_config
-from fairhuman_jax.doors.common import choose_cpu_kernels
-from fairhuman_jax.evaluation.keypoint_metrics import oks, visible_area
-from fairhuman_jax.systems.humansd import HumanSDConfig
-from fairhuman_jax.systems.pipelines import open_system
-from fairhuman_jax.systems.sampling import make_request
+from fairhuman_jax.devices.kernels import choose_cpu_kernels
+from fairhuman_jax.drawing.requests import draw_images, make_request
+from fairhuman_jax.evaluate.keypoint_metrics import oks, visible_area
+from fairhuman_jax.keypoints.drawing import draw_poses
+from fairhuman_jax.keypoints.poses import make_pose
+from fairhuman_jax.systems.humansd.system import HumanSDConfig
 from fairhuman_jax.training.datasets import held_out_batches, open_data
-from fairhuman_jax.training.logging import table
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "people_humansd.py"
 BATCH = 32
@@ -72,7 +73,7 @@ def draw(model: str, samples: list[dict[str, Any]], skeletons: list[np.ndarray],
         pose_latent="mode",
     )
     request = dataclasses.replace(request, pose=jnp.asarray(np.stack(skeletons), jnp.float32) / 255.0)
-    images = jax.jit(system.sample_images)(params, request, jax.random.key(0))
+    images = jax.jit(partial(draw_images, system))(params, request, jax.random.key(0))
     return np.rint((np.asarray(images) + 1.0) * 127.5).astype(np.uint8)
 
 

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student
 
 from fairhuman_jax.config import load_config
-from fairhuman_jax.doors.common import choose_cpu_kernels
+from fairhuman_jax.devices.kernels import choose_cpu_kernels
 from fairhuman_jax.losses import COMBINERS
 from fairhuman_jax.training.logging import METRICS, read_metrics
 from fairhuman_jax.training.loop import train

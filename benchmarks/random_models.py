@@ -18,10 +18,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fairhuman_jax.files import read_json, write_json
 from fairhuman_jax.models import presets
 from fairhuman_jax.weights import expected_params
 from fairhuman_jax.weights.diffusers import NETWORKS, class_name
-from fairhuman_jax.weights.files import read_json, write_json
 from fairhuman_jax.weights.keys import leaves
 from fairhuman_jax.weights.safetensors_io import write_tensors
 from fairhuman_jax.weights.shapes import SDXL

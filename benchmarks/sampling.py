@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from random_models import write_random_sdxl
 
-from fairhuman_jax.training.logging import table
+from fairhuman_jax.commands import table
 
 PROMPT = "a photo of a woman in a red shirt"
 SIDES = ("ours", "torch")
@@ -34,13 +35,13 @@ PEAK = {"A100": 312e12, "H100": 989.5e12, "H200": 989.5e12, "B200": 2250e12}  # 
 
 def ours(options: argparse.Namespace, batch: int) -> tuple[Callable[[], Any], dict[str, float]]:
     """(what draws a batch and waits for it, what the program costs), as `sample.py` draws."""
-    from fairhuman_jax.doors.common import choose_cpu_kernels
+    from fairhuman_jax.devices.kernels import choose_cpu_kernels
 
     choose_cpu_kernels(options.dtype)
     import jax
 
-    from fairhuman_jax.systems.pipelines import open_system
-    from fairhuman_jax.systems.sampling import make_request
+    from fairhuman_jax.bases.opening import open_system
+    from fairhuman_jax.drawing.requests import draw_images, make_request
     from fairhuman_jax.training.program_cost import flops
 
     system, params = open_system(options.base, dtype=options.dtype)
@@ -48,7 +49,7 @@ def ours(options: argparse.Namespace, batch: int) -> tuple[Callable[[], Any], di
     request = make_request(
         system, [PROMPT] * batch, range(batch), steps=options.steps, guidance=options.guidance, size=size
     )
-    program = jax.jit(system.sample_images)
+    program = jax.jit(partial(draw_images, system))
     key = jax.random.key(0)
     cost = {"flop": float(flops(program.trace(params, request, key).jaxpr))}
     kind = jax.devices()[0].device_kind

@@ -17,11 +17,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from fairhuman_jax.bases.opening import open_system
+from fairhuman_jax.commands import table
+from fairhuman_jax.devices.kernels import choose_cpu_kernels
 from fairhuman_jax.diffusion import pndm, staged_sample
-from fairhuman_jax.doors.common import choose_cpu_kernels
-from fairhuman_jax.systems.pipelines import open_system
-from fairhuman_jax.systems.sampling import conditionings, make_request, seed_keys, unit_latents
-from fairhuman_jax.training.logging import table
+from fairhuman_jax.drawing.requests import conditionings, make_request, seed_keys, unit_latents
 
 EVERYWHERE = (-1, 1 << 20)  # no stage 1, no stage 3
 

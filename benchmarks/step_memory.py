@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fairhuman_jax.training.topologies import GPUS
+from fairhuman_jax.devices.topologies import GPUS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"lora": "fair_lora_sdxl", "controlnet": "fair_controlnet_sdxl", "adapter": "fair_t2i_adapter_sdxl"}

@@ -32,18 +32,23 @@ import optax
 from humansd_poses import enlarged, held_out_errors, mean_and_interval
 from PIL import Image
 
+from fairhuman_jax.commands import table
 from fairhuman_jax.data.cache import cached_subjects
 from fairhuman_jax.data.object_augmentation import squared
 from fairhuman_jax.data.people.palette import BACKGROUNDS, TOPS
 from fairhuman_jax.data.people.spec import sample_spec
 from fairhuman_jax.data.people.subjects import PeopleScenes, PeopleSubjects
 from fairhuman_jax.data.subject_transforms import NOISE, bounds, cut
-from fairhuman_jax.doors.common import choose_cpu_kernels
-from fairhuman_jax.evaluation.identity import identity_similarity
-from fairhuman_jax.systems.facediffuser import SubjectModelConfig
-from fairhuman_jax.systems.pipelines import open_staged
-from fairhuman_jax.systems.staged import FaceDiffuser, StagedRequest, draw_delayed, make_staged_request
-from fairhuman_jax.training.logging import table
+from fairhuman_jax.devices.kernels import choose_cpu_kernels
+from fairhuman_jax.evaluate.identity import identity_similarity
+from fairhuman_jax.systems.facediffuser.fusion import (
+    FaceDiffuser,
+    StagedRequest,
+    draw_delayed,
+    make_staged_request,
+    open_staged,
+)
+from fairhuman_jax.systems.facediffuser.subject_model import SubjectModelConfig
 from fairhuman_jax.weights import MARKER
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "people_sdm.py"

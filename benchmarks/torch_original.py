@@ -31,12 +31,12 @@ from peft import LoraConfig
 from scipy.optimize import least_squares
 from torch.nn import functional
 
-from fairhuman_jax.doors.common import choose_cpu_kernels
-from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
-from fairhuman_jax.systems.pipelines import open_pipeline
-from fairhuman_jax.systems.trainables import ControlNetTrainable, LoraTrainable
+from fairhuman_jax.bases.opening import open_pipeline
+from fairhuman_jax.devices.kernels import choose_cpu_kernels
+from fairhuman_jax.devices.sharding import make_mesh
+from fairhuman_jax.systems.fairhuman.system import FairHuman, FairHumanConfig
+from fairhuman_jax.systems.fairhuman.trainables import ControlNetTrainable, LoraTrainable
 from fairhuman_jax.training.combining import FairConfig, init_fair
-from fairhuman_jax.training.sharding import make_mesh
 from fairhuman_jax.training.state import OptimizerConfig, init_state, make_optimizer
 from fairhuman_jax.training.step import make_train_step
 

@@ -43,7 +43,7 @@ def inputs(config: dict[str, Any], pixels: int) -> dict[str, np.ndarray]:
 
 def ours(config: dict[str, Any], given: dict[str, np.ndarray], dtype: str, **runtime: Any) -> Any:
     """A call of this package's network, compiled as `sample.py` compiles it; runtime: attention, scan."""
-    from fairhuman_jax.doors.common import choose_cpu_kernels
+    from fairhuman_jax.devices.kernels import choose_cpu_kernels
 
     choose_cpu_kernels(dtype)
     import jax

@@ -11,11 +11,11 @@ Balanced by the fair rule instead of summed: --set fair.method=mpd
 
 from __future__ import annotations
 
+from fairhuman_jax.contract import PreviewConfig
 from fairhuman_jax.data.subject_transforms import SubjectConfig
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.facediffuser import SubjectModelConfig
+from fairhuman_jax.systems.facediffuser.subject_model import SubjectModelConfig
 from fairhuman_jax.training.combining import FairConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 PROMPTS = (

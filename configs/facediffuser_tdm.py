@@ -8,9 +8,9 @@ Published: 150,000 steps of 16 on four GPUs.
 
 from __future__ import annotations
 
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.facediffuser import SceneModelConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.systems.facediffuser.scene_model import SceneModelConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 PROMPTS = (

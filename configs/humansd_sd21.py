@@ -15,9 +15,9 @@ Memory before activations: 3.5 GB of the denoiser with two moments (7 GB) and a 
 
 from __future__ import annotations
 
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.humansd import HumanSDConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.systems.humansd.system import HumanSDConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 BASE_RATE = 5e-6

@@ -5,9 +5,9 @@ python train.py configs/people_vae.py && python train.py configs/people_base.py
 
 from __future__ import annotations
 
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.text_to_image import TextToImageConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.systems.shipped.text_to_image import TextToImageConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 TEXT_WIDTH = 192

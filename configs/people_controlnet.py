@@ -5,11 +5,11 @@ python train.py configs/people_controlnet.py
 
 from __future__ import annotations
 
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.fairhuman import FairHumanConfig
-from fairhuman_jax.systems.trainables import ControlNetTrainable
+from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.systems.fairhuman.system import FairHumanConfig
+from fairhuman_jax.systems.fairhuman.trainables import ControlNetTrainable
 from fairhuman_jax.training.combining import FairConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 # They leave pose and framing to the skeletons of the held-out pictures.

@@ -9,9 +9,9 @@ as a second objective).
 
 from __future__ import annotations
 
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.humansd import HumanSDConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.systems.humansd.system import HumanSDConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 # They leave pose and framing to the skeletons of the held-out pictures.

@@ -6,8 +6,8 @@ python train.py configs/people_identity.py
 from __future__ import annotations
 
 from fairhuman_jax.data.subject_transforms import SubjectConfig
-from fairhuman_jax.systems.identity_encoder import IdentityEncoderConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.systems.shipped.identity_encoder import IdentityEncoderConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 SIDE = 48

@@ -5,8 +5,8 @@ python train.py configs/people_pose.py
 
 from __future__ import annotations
 
-from fairhuman_jax.systems.pose_network import PoseNetworkConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.systems.shipped.pose_network import PoseNetworkConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 NETWORK = {

@@ -8,11 +8,11 @@ face and hair as the scene does, in other clothes, poses and light.
 
 from __future__ import annotations
 
+from fairhuman_jax.contract import PreviewConfig
 from fairhuman_jax.data.subject_transforms import SubjectConfig
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.facediffuser import SubjectModelConfig
+from fairhuman_jax.systems.facediffuser.subject_model import SubjectModelConfig
 from fairhuman_jax.training.combining import FairConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 # What people look like is for their pictures to tell. These are others than the scene, so nothing can be copied, and

@@ -7,10 +7,10 @@ Minutes on a CPU, no download; its data are those of people_sdm.py.
 
 from __future__ import annotations
 
+from fairhuman_jax.contract import PreviewConfig
 from fairhuman_jax.data.subject_transforms import SubjectConfig
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.facediffuser import SceneModelConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.systems.facediffuser.scene_model import SceneModelConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 PEOPLE = SubjectConfig(max_objects=2, object_resolution=48, identities=768, references=4, pairs=0.25, augment=False)

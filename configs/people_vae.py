@@ -5,8 +5,8 @@ python train.py configs/people_vae.py
 
 from __future__ import annotations
 
-from fairhuman_jax.systems.autoencoder import AutoencoderConfig
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.systems.shipped.autoencoder import AutoencoderConfig
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 VAE = {

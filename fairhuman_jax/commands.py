@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
+
+import numpy as np
 
 USER_ERRORS = (ValueError, OSError)
 
@@ -53,3 +55,29 @@ def run_commands(
         refuse(parser, error, options.debug)
     if code is not None:
         parser.exit(code)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Aligned text table: header, rule, one line a dict; numbers to the right, missing values as "-"."""
+    names = list(columns or dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) if cells else len(name) for i, name in enumerate(names)]
+    right = [
+        any(name in row for row in rows)
+        and all(isinstance(row.get(name, 0.0), (int, float, np.number, type(None))) for row in rows)
+        for name in names
+    ]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(names), "  ".join("-" * width for width in widths), *(line(cell) for cell in cells)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.4g}"
+    return str(value)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fairhuman_jax.training.topologies import has_cuda_plugin
+from fairhuman_jax.devices.topologies import has_cuda_plugin
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 needs_cuda = pytest.mark.skipif(not has_cuda_plugin(), reason="JAX's CUDA plugin is not installed")

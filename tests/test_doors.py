@@ -16,21 +16,21 @@ from compilers import printed_on_cpu
 from PIL import Image
 
 from fairhuman_jax.annotate.bottom_up import BottomUpPoses
-from fairhuman_jax.annotate.drawing import draw_poses
-from fairhuman_jax.annotate.poses import make_pose
-from fairhuman_jax.annotate.readers import write_poses
 from fairhuman_jax.data.people import PeopleDataset
 from fairhuman_jax.doors import report, sample_door, train_door
+from fairhuman_jax.keypoints.drawing import draw_poses
+from fairhuman_jax.keypoints.poses import make_pose
+from fairhuman_jax.keypoints.readers import write_poses
 from fairhuman_jax.models import ControlNet
-from fairhuman_jax.systems.humansd import with_pose_channels
+from fairhuman_jax.systems.humansd.system import with_pose_channels
 from fairhuman_jax.training.loop import Result
 from fairhuman_jax.weights import save_lora, save_model, save_pipeline, save_single_file
 
 CONFIG = """
-from fairhuman_jax.systems.contract import PreviewConfig
-from fairhuman_jax.systems.fairhuman import FairHumanConfig
-from fairhuman_jax.systems.trainables import LoraTrainable
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.systems.fairhuman.system import FairHumanConfig
+from fairhuman_jax.systems.fairhuman.trainables import LoraTrainable
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 
 
 def config():
@@ -391,7 +391,7 @@ DOTS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 )
 def test_own_kernels_are_for_float32_on_one_device(flags, devices, dtype, own):
     code = (
-        "from fairhuman_jax.doors.common import choose_cpu_kernels as choose, split_cpu\n"
+        "from fairhuman_jax.devices.kernels import choose_cpu_kernels as choose, split_cpu\n"
         f"split_cpu({devices})\n"
         f"choose({dtype!r})\n"
         "import jax, jax.numpy as jnp\n"

@@ -12,62 +12,89 @@ import pytest
 import fairhuman_jax
 
 ROOT = Path(fairhuman_jax.__file__).parent
-# A package may import those of its own layer and of the layers before it.
-LAYERS = (
-    ("config", "commands"),
-    ("models", "losses", "diffusion"),
-    ("weights", "data", "annotate"),
+# The rooms of the package from the ground up; a room may import itself, its neighbours in a row and the rows below.
+ROOMS = (
+    ("commands", "config", "contract", "files", "packages", "resizing"),
+    ("devices", "diffusion", "losses", "models"),
+    ("weights",),
+    ("keypoints",),
+    ("bases", "data"),
+    ("annotate",),
+    ("drawing", "evaluate"),
     ("systems",),
-    ("training", "evaluation"),
-    ("doors", "evaluate"),
+    ("training",),
+    ("doors",),
 )
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-PURE = ("losses", "diffusion")
+RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
+PURE = {"losses": {"losses", "resizing"}, "diffusion": {"diffusion"}}
+MODULES = {
+    ".".join(part for part in path.relative_to(ROOT.parent).with_suffix("").parts if part != "__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
 
 
-def imports(path: Path) -> list[str]:
-    """Dotted names of everything that a file imports, at any depth of its code."""
-    found = []
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, at any depth of its code, TYPE_CHECKING blocks included."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.level:  # within the file's own folder, so never to another part
-                assert node.level <= len(path.relative_to(ROOT).parts) - 1, f"{path}: import from above its part"
-                continue
+            assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
-            found += [f"{module}.{alias.name}" for alias in node.names] if module == "fairhuman_jax" else [module]
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else module for name in names}
     return found
 
 
-def part(path: Path) -> str:
-    """The top-level part of the package that a file belongs to."""
-    return path.relative_to(ROOT).with_suffix("").parts[0]
+def room(module: str) -> str:
+    """The room of the package that a module belongs to; the package itself has none."""
+    return ([*module.split("."), ""])[1]
 
 
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem != "__init__")
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other by imports (strongly connected components of two or more modules)."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, waiting = set(), list(graph[start])
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting += graph[module]
+        reached[start] = seen
+    groups = {frozenset(other for other in reached[m] if m in reached[other]) for m in graph if m in reached[m]}
+    return [sorted(group) for group in groups]
 
 
-def test_every_part_has_its_layer():
-    assert {part(path) for path in FILES} <= set(RANK)
+def test_every_room_has_its_rank():
+    assert {room(module) for module in MODULES if room(module)} == set(RANK)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_downwards(path):
-    for name in imports(path):
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module)])
+def test_imports_point_downwards(module):
+    for name in imports(MODULES[module]):
         if name.startswith("fairhuman_jax."):
-            imported = name.split(".")[1]
-            assert RANK[imported] <= RANK[part(path)], f"{part(path)} imports {name}"
-        elif part(path) in PURE:
+            assert RANK[room(name)] <= RANK[room(module)], f"{module} imports {name}"
+        elif room(module) in PURE:
             top = name.split(".")[0]
-            assert top in ("jax", "numpy") or top in sys.stdlib_module_names, f"{part(path)} imports {name}"
+            assert top in ("jax", "numpy") or top in sys.stdlib_module_names, f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("part", PURE)
-def test_losses_and_diffusion_need_nothing_else_of_the_package(part):
-    for path in (ROOT / part).rglob("*.py"):
-        own = [name for name in imports(path) if name.startswith("fairhuman_jax.")]
-        assert all(name.split(".")[1] == part for name in own)
+@pytest.mark.parametrize("pure", PURE)
+def test_losses_and_diffusion_need_nothing_else_of_the_package(pure):
+    for module, path in MODULES.items():
+        if room(module) == pure:
+            assert {room(name) for name in imports(path) if name.startswith("fairhuman_jax.")} <= PURE[pure]
+
+
+def test_no_circle_of_files():
+    graph = {module: {name for name in imports(path) if name in MODULES} for module, path in MODULES.items()}
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": set()}) == [["a", "b", "c"]]
 
 
 def test_importing_starts_no_device_and_loads_no_torch():
@@ -78,7 +105,7 @@ from jax._src import xla_bridge
 assert not xla_bridge._backends, "a backend was started"
 heavy = {"torch", "flax", "transformers", "orbax"} & set(sys.modules)
 assert not heavy, heavy
-import fairhuman_jax.models, fairhuman_jax.weights, fairhuman_jax.data, fairhuman_jax.systems.fairhuman
+import fairhuman_jax.models, fairhuman_jax.weights, fairhuman_jax.data, fairhuman_jax.systems.fairhuman.system
 assert not xla_bridge._backends, "a backend was started"
 assert "torch" not in sys.modules, "torch was imported"
 """

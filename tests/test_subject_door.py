@@ -12,8 +12,9 @@ from tiny_models import random_params
 from tiny_people import face_diffuser
 
 from fairhuman_jax.doors import sample_door
-from fairhuman_jax.evaluation.subject_plan import PlannedPicture, write_plan
-from fairhuman_jax.systems.staged import SCENE
+from fairhuman_jax.drawing.plans import PlannedPicture
+from fairhuman_jax.evaluate.subject_plan import write_plan
+from fairhuman_jax.systems.facediffuser.fusion import SCENE
 from fairhuman_jax.weights import MARKER, SubjectPipeline, save_pipeline, save_subject_model
 
 PAIR = f"a person {MARKER} two face{MARKER}"

@@ -15,8 +15,8 @@ from PIL import Image
 
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
-from fairhuman_jax.systems.fairhuman import FairHuman, FairHumanConfig
-from fairhuman_jax.systems.trainables import LoraTrainable
+from fairhuman_jax.systems.fairhuman.system import FairHuman, FairHumanConfig
+from fairhuman_jax.systems.fairhuman.trainables import LoraTrainable
 from fairhuman_jax.training.objectives import task_gradients
 from fairhuman_jax.weights import Pipeline, build_small_clip_tokenizer, expected_params
 

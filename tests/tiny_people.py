@@ -10,9 +10,18 @@ import numpy as np
 from tiny_models import SIZE, TOKENS, WIDTH, random_params, small_pipeline
 
 from fairhuman_jax.models import CLIPVision
-from fairhuman_jax.systems.facediffuser import SubjectModel, SubjectModelConfig
-from fairhuman_jax.systems.staged import SCENE, FaceDiffuser
+from fairhuman_jax.systems.facediffuser.fusion import SCENE, FaceDiffuser
+from fairhuman_jax.systems.facediffuser.subject_model import SubjectModel, SubjectModelConfig
 from fairhuman_jax.weights import MARKER
+
+# A standing person on 512 x 512, COCO-17.
+COCO = np.array(
+    [
+        (256, 60), (270, 50), (242, 50), (290, 60), (222, 60), (310, 130), (202, 130), (340, 220), (172, 220),
+        (360, 300), (152, 300), (290, 300), (222, 300), (295, 400), (217, 400), (300, 490), (212, 490),
+    ],
+    np.float32,
+)  # fmt: skip
 
 SLOTS, PICTURE = 2, 12
 VISION = {

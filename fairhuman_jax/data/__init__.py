@@ -2,9 +2,10 @@
 
 from fairhuman_jax.data.buckets import assign_buckets, bucket_shapes, nearest_bucket
 from fairhuman_jax.data.export import export_folder
-from fairhuman_jax.data.folder import BadSample, FolderDataset
+from fairhuman_jax.data.folder import FolderDataset
 from fairhuman_jax.data.keypoint_transforms import PoseTransform
 from fairhuman_jax.data.loader import BatchIterator, Source, Transform, make_loader
+from fairhuman_jax.data.pictures import BadSample
 from fairhuman_jax.data.preview import overlay
 from fairhuman_jax.data.shards import ShardedDataset, ShardWriter
 from fairhuman_jax.data.subject_folder import Segment, SubjectDataset

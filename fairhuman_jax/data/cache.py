@@ -20,11 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from fairhuman_jax.data.loader import Source
-from fairhuman_jax.data.packages import cache_folder
 from fairhuman_jax.data.people import PeopleDataset
 from fairhuman_jax.data.people.conditions import detected_points
 from fairhuman_jax.data.people.paraphrase import paraphrases
 from fairhuman_jax.data.people.subjects import PeopleScenes, PeopleSubjects, PeopleViews
+from fairhuman_jax.packages import cache_folder
 
 CHUNK = 64
 PICTURES, MASKS = ("image", "conditioning_image"), ("face_mask", "hand_mask")

@@ -18,7 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fairhuman_jax.data.buckets import bucket_shapes, nearest_bucket
-from fairhuman_jax.data.folder import BadSample, FolderDataset, read_image, read_layer
+from fairhuman_jax.data.folder import FolderDataset, read_layer
+from fairhuman_jax.data.pictures import BadSample, read_image
 from fairhuman_jax.data.preview import overlay
 from fairhuman_jax.data.transforms import OPTIONAL_MASKS, JointTransform
 

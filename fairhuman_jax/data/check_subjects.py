@@ -23,7 +23,7 @@ from fairhuman_jax.data.check import (
     judge_captions,
     judge_image,
 )
-from fairhuman_jax.data.folder import BadSample
+from fairhuman_jax.data.pictures import BadSample
 from fairhuman_jax.data.preview import overlay
 from fairhuman_jax.data.subject_folder import SPLITS, Segment, SubjectDataset, read_subjects
 from fairhuman_jax.data.subject_transforms import SubjectConfig, SubjectTransform

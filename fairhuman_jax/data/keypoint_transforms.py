@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fairhuman_jax.data.pose_drawing import HUMANSD17, draw_bodies
 from fairhuman_jax.data.transforms import JointTransform
+from fairhuman_jax.keypoints.skeletons import HUMANSD17, draw_bodies
 
 PEOPLE = 10  # rows of the array of key points
 MISSING = (-1.0, -1.0, 0.0)

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from fairhuman_jax.data.export import METADATA, write_metadata, write_sample
-from fairhuman_jax.data.packages import Package, digest, download
 from fairhuman_jax.data.transforms import dilate_mask
+from fairhuman_jax.packages import Package, digest, download
 
 PACKAGE = Package("face_recognition", "1.3.0", "5e5efdd1686aa566af0d3cc1313b131e4b197657a8ffd03669e6d3fad92705ec")
 DILATION = 16

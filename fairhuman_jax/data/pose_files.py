@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fairhuman_jax.annotate.readers import read_poses
-from fairhuman_jax.data.folder import BadSample, FileDataset, read_image
+from fairhuman_jax.data.folder import FileDataset
+from fairhuman_jax.data.pictures import BadSample, read_image
+from fairhuman_jax.keypoints.readers import read_poses
 
 COLUMNS = {"image": "img_path", "poses": "pose_path"}
 CAPTION = "prompt"

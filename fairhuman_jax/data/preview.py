@@ -79,3 +79,9 @@ def _canvas(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Grey uint8 [B, H, W, 3] of the size of the batch's masks."""
     shape = np.shape(batch["face_mask"])
     return np.full((*shape[:-1], 3), GREY, np.uint8)
+
+
+def sheet(images: np.ndarray, titles: list[str], columns: int = 4) -> Image.Image:
+    """Contact sheet of images [N, H, W, 3] in [-1, 1] with a title below each, row by row."""
+    pixels = np.rint((np.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+    return overlay({"image": pixels}, titles, columns)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fairhuman_jax.data.folder import BadSample, FileDataset, read_image
+from fairhuman_jax.data.folder import FileDataset
+from fairhuman_jax.data.pictures import BadSample, read_image
 
 SPLITS = {"train": "image_ids_train.txt", "test": "image_ids_test.txt", "all": "image_ids.txt"}
 MARKER = "<|image|>"  # stands behind the word that a person's picture is joined to

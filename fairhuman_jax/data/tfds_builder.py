@@ -18,8 +18,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import ExifTags, Image
 
-from fairhuman_jax.data.folder import BadSample, FolderDataset
-from fairhuman_jax.data.tfds_folder import COLUMNS
+from fairhuman_jax.data.folder import COLUMNS, FolderDataset
+from fairhuman_jax.data.pictures import BadSample
 
 
 class FairHuman(tfds.core.GeneratorBasedBuilder):

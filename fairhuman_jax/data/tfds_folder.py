@@ -6,15 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fairhuman_jax.data.folder import BadSample, read_image, read_layer, read_size
+from fairhuman_jax.data.folder import COLUMNS, read_layer
+from fairhuman_jax.data.pictures import BadSample, read_image, read_size
 
-# layer of a sample: column of metadata.jsonl and feature of the data set
-COLUMNS = {
-    "image": "image",
-    "face_mask": "mask_face",
-    "hand_mask": "mask_hand",
-    "conditioning_image": "conditioning_image",
-}
 INFO = "dataset_info.json"
 
 

@@ -9,18 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fairhuman_jax.keypoints.poses import MIRROR
+
 OPTIONAL_MASKS = ("face_mask", "hand_mask")
 
-# Left-right partners within a set of key points. COCO-17: nose, eyes, ears, shoulders, elbows, wrists, hips,
-# knees, ankles, left before right. OpenPose-18: nose, neck, right arm, left arm, right leg, left leg, eyes,
-# ears.
-MIRROR = {
-    "coco17": (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15),
-    "openpose18": (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16),
-    "face5": (1, 0, 2, 4, 3),
-    "hand_left": tuple(range(21)),
-    "hand_right": tuple(range(21)),
-}
 # Names that change places when a picture is mirrored.
 SWAP = {
     "hand_left": "hand_right",

@@ -11,8 +11,8 @@ import jax
 from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse
 from fairhuman_jax.config import load_config
 from fairhuman_jax.data.shards import SHARD_BYTES
-from fairhuman_jax.doors.common import choose_cpu_kernels, dtype_of, keep_compiled_programs
-from fairhuman_jax.training.encode import encode_folder
+from fairhuman_jax.devices.kernels import choose_cpu_kernels, dtype_of, keep_compiled_programs
+from fairhuman_jax.training.encoded_folder import encode_folder
 
 
 def encode_door(arguments: Sequence[str] | None = None) -> None:

@@ -13,18 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
+from fairhuman_jax.bases.opening import open_system
 from fairhuman_jax.commands import USER_ERRORS, refuse
+from fairhuman_jax.data.preview import sheet
+from fairhuman_jax.devices.kernels import choose_cpu_kernels, keep_compiled_programs, split_cpu
+from fairhuman_jax.devices.sharding import make_mesh
 from fairhuman_jax.diffusion import rule_of
-from fairhuman_jax.doors.common import choose_cpu_kernels, keep_compiled_programs, split_cpu
-from fairhuman_jax.doors.drawing import Job, Model, draw_jobs, stem
-from fairhuman_jax.doors.pictures import Pictures, read_pictures
-from fairhuman_jax.doors.sample_options import check_options, fill_in, read_prompts, sample_parser
-from fairhuman_jax.doors.subjects import subject_jobs, subject_model
-from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
-from fairhuman_jax.systems.pipelines import open_system
-from fairhuman_jax.systems.sampling import make_request
-from fairhuman_jax.training.reporting import sheet
-from fairhuman_jax.training.sharding import make_mesh
+from fairhuman_jax.doors.options import check_options, fill_in, read_prompts, sample_parser
+from fairhuman_jax.drawing.pictures import Pictures, read_pictures
+from fairhuman_jax.drawing.pipeline import Job, Model, draw_jobs, stem
+from fairhuman_jax.drawing.requests import draw_images, make_request
+from fairhuman_jax.systems.facediffuser.pipeline import subject_jobs, subject_model
 from fairhuman_jax.weights import load_loras, tokens_cut
 
 
@@ -100,7 +100,7 @@ def _model(
         pictures.size,
         scheduler or rule_of(system.pipeline.schedule).name,
         partial(_request, options, system, pictures, scales, scheduler),
-        system.sample_images,
+        partial(draw_images, system),
         lora,
     )
 

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse
+from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse, table
 from fairhuman_jax.config import ConfigError, describe, load_config
-from fairhuman_jax.doors.common import choose_cpu_kernels, dtype_of, keep_compiled_programs
+from fairhuman_jax.devices.kernels import choose_cpu_kernels, dtype_of, keep_compiled_programs
+from fairhuman_jax.devices.processes import connect, is_main, refuse_one_of_many
 from fairhuman_jax.training.checkpoint import has_checkpoint
-from fairhuman_jax.training.config import RunConfig
-from fairhuman_jax.training.distributed import connect, is_main, refuse_one_of_many
-from fairhuman_jax.training.logging import table
 from fairhuman_jax.training.loop import Result, train
 from fairhuman_jax.training.preemption import Interrupted
+from fairhuman_jax.training.run_config import RunConfig
 
 
 def train_door(arguments: Sequence[str] | None = None) -> None:

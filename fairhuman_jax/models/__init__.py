@@ -7,14 +7,7 @@ from fairhuman_jax.models.clip import CLIPText
 from fairhuman_jax.models.clip_vision import CLIPVision, embed_subjects, subject_pixels
 from fairhuman_jax.models.controlnet import ControlNet, controlnet_from_unet
 from fairhuman_jax.models.higher_hrnet import HigherHRNet, stage_mean
-from fairhuman_jax.models.lora import (
-    TEXT_TARGETS,
-    UNET_TARGETS,
-    concatenate_lora,
-    init_lora,
-    merge_lora,
-    scale_lora,
-)
+from fairhuman_jax.models.lora import TEXT_TARGETS, UNET_TARGETS, concatenate_lora, init_lora, merge_lora, scale_lora
 from fairhuman_jax.models.postfuse import Postfuse
 from fairhuman_jax.models.t2i_adapter import T2IAdapter
 from fairhuman_jax.models.transformer import COLUMNS

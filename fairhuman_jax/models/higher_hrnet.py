@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fairhuman_jax.losses.heatmap import resize_aligned
 from fairhuman_jax.models.layers import Conv, Dtype
+from fairhuman_jax.resizing import resize_aligned
 
 EPSILON = 1e-5  # of every batch norm; no config key sets it
 EXPANSION = 4  # a bottleneck's output channels over its middle ones

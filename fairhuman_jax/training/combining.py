@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from fairhuman_jax.contract import Batch, System
+from fairhuman_jax.devices.sharding import AXES, DATA, FSDP, is_split, unbox
 from fairhuman_jax.losses import Combiner, combine_weighted, gram_matrix, make_combiner
-from fairhuman_jax.systems.contract import Batch, System
 from fairhuman_jax.training.objectives import Linearised, linearise, mean_over_micro_batches
-from fairhuman_jax.training.sharding import AXES, DATA, FSDP, is_split, unbox
 
 PyTree = Any
 Metrics = dict[str, jax.Array]

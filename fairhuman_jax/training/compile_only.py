@@ -18,25 +18,26 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from fairhuman_jax.annotate.poses import JOINTS
+from fairhuman_jax.bases.latent_diffusion import LatentDiffusion, numbered
+from fairhuman_jax.bases.opening import open_pipeline
+from fairhuman_jax.commands import table
+from fairhuman_jax.contract import Batch, System
 from fairhuman_jax.data.keypoint_transforms import PEOPLE
 from fairhuman_jax.data.shards import MANIFEST, ShardedDataset
+from fairhuman_jax.devices.sharding import BATCH_SPEC, WHOLE, leaf_specs, make_mesh, named
+from fairhuman_jax.devices.topologies import compiler_options, memory_of, memory_setting, topology_devices
+from fairhuman_jax.keypoints.poses import JOINTS
 from fairhuman_jax.models import CLIPVision
-from fairhuman_jax.systems.contract import Batch, System
-from fairhuman_jax.systems.facediffuser import SceneModelConfig, SubjectModelConfig
-from fairhuman_jax.systems.fairhuman import FairHumanConfig
-from fairhuman_jax.systems.humansd import HumanSDConfig
-from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, numbered
-from fairhuman_jax.systems.pipelines import open_pipeline
-from fairhuman_jax.systems.subjects import SubjectDiffusion
+from fairhuman_jax.systems.facediffuser.scene_model import SceneModelConfig
+from fairhuman_jax.systems.facediffuser.subject_model import SubjectModelConfig
+from fairhuman_jax.systems.facediffuser.subjects import SubjectDiffusion
+from fairhuman_jax.systems.fairhuman.system import FairHumanConfig
+from fairhuman_jax.systems.humansd.system import HumanSDConfig
 from fairhuman_jax.training.combining import init_fair
-from fairhuman_jax.training.config import RunConfig
-from fairhuman_jax.training.logging import table
 from fairhuman_jax.training.program_cost import Traffic, collectives, flops
-from fairhuman_jax.training.sharding import BATCH_SPEC, WHOLE, leaf_specs, make_mesh, named
+from fairhuman_jax.training.run_config import RunConfig
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import step_of_run
-from fairhuman_jax.training.topologies import compiler_options, memory_of, memory_setting, topology_devices
 from fairhuman_jax.weights.shapes import image_encoder_config
 from fairhuman_jax.weights.shipped import or_shipped
 

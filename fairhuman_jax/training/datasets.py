@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fairhuman_jax.contract import System
 from fairhuman_jax.data.buckets import assign_buckets, bucket_shapes, picture_size
 from fairhuman_jax.data.cache import cached_people, cached_subjects
 from fairhuman_jax.data.folder import METADATA, FolderDataset
@@ -21,9 +22,8 @@ from fairhuman_jax.data.subject_folder import SPLITS, SubjectDataset
 from fairhuman_jax.data.subject_transforms import SubjectTransform
 from fairhuman_jax.data.tfds_folder import INFO, TFDSDataset
 from fairhuman_jax.data.transforms import JointTransform
-from fairhuman_jax.systems.contract import System
-from fairhuman_jax.training.config import DataConfig, TrainConfig
 from fairhuman_jax.training.latents import encode_samples
+from fairhuman_jax.training.run_config import DataConfig, TrainConfig
 
 Arrays = dict[str, np.ndarray]
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fairhuman_jax.data.folder import BadSample
 from fairhuman_jax.data.loader import Source
+from fairhuman_jax.data.pictures import BadSample
 from fairhuman_jax.data.transforms import JointTransform
 
 _LOG = logging.getLogger(__name__)

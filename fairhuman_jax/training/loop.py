@@ -13,14 +13,14 @@ import jax
 import numpy as np
 
 from fairhuman_jax.config import to_dict
+from fairhuman_jax.contract import System
 from fairhuman_jax.data.loader import BatchIterator
-from fairhuman_jax.evaluation.held_out import make_held_out_losses
-from fairhuman_jax.systems.contract import System
+from fairhuman_jax.devices.processes import Agreement, fetch, is_main, own_rows, wait_for_all
+from fairhuman_jax.devices.sharding import make_mesh, place, replicate, shard_batch
 from fairhuman_jax.training.checkpoint import Checkpointer
 from fairhuman_jax.training.combining import init_fair
-from fairhuman_jax.training.config import RunConfig
 from fairhuman_jax.training.datasets import held_out_batches, open_data, training_batches
-from fairhuman_jax.training.distributed import Agreement, fetch, is_main, own_rows, wait_for_all
+from fairhuman_jax.training.held_out import make_held_out_losses
 from fairhuman_jax.training.logging import METRICS, RunLogger, wandb_package
 from fairhuman_jax.training.objectives import objective_names
 from fairhuman_jax.training.preemption import Interrupted, StopSignal, shielded
@@ -34,7 +34,7 @@ from fairhuman_jax.training.reporting import (
     make_previewer,
     mean_weights,
 )
-from fairhuman_jax.training.sharding import make_mesh, place, replicate, shard_batch
+from fairhuman_jax.training.run_config import RunConfig
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import TrainStep, step_of_run
 

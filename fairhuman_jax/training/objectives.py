@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fairhuman_jax.systems.contract import Batch, System
+from fairhuman_jax.contract import Batch, System
 
 PyTree = Any
 

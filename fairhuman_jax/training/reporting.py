@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
+from fairhuman_jax.contract import PreviewConfig, System
 from fairhuman_jax.data.loader import BatchIterator
-from fairhuman_jax.data.preview import overlay
-from fairhuman_jax.systems.contract import PreviewConfig, System
+from fairhuman_jax.data.preview import overlay, sheet
+from fairhuman_jax.devices.sharding import WHOLE
 from fairhuman_jax.training.logging import read_metrics
-from fairhuman_jax.training.sharding import WHOLE
 
 PyTree = Any
 SKIPPED_IN_A_ROW = 20
@@ -106,12 +106,6 @@ def make_previewer(
         return np.asarray(sheet(np.asarray(sample(trainable, frozen, request, key)), titles))
 
     return draw
-
-
-def sheet(images: np.ndarray, titles: list[str], columns: int = 4) -> Image.Image:
-    """Contact sheet of images [N, H, W, 3] in [-1, 1] with a title below each, row by row."""
-    pixels = np.rint((np.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
-    return overlay({"image": pixels}, titles, columns)
 
 
 def first_batch(batches: BatchIterator, example: Mapping[str, np.ndarray]) -> Image.Image:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fairhuman_jax.systems.contract import Batch, System
+from fairhuman_jax.contract import Batch, System
+from fairhuman_jax.devices.sharding import AXES, BATCH_SPEC, SPLIT_ABOVE, WHOLE, box, leaf_specs, named
 from fairhuman_jax.training.combining import Combining, FairConfig, Metrics
-from fairhuman_jax.training.config import RunConfig
-from fairhuman_jax.training.sharding import AXES, BATCH_SPEC, SPLIT_ABOVE, WHOLE, box, leaf_specs, named
+from fairhuman_jax.training.run_config import RunConfig
 from fairhuman_jax.training.state import TrainState
 
 PyTree = Any

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from fairhuman_jax.weights.diffusers import expected_params, load_model, params_from, save_model
+from fairhuman_jax.weights.diffusers import expected_params, params_from, save_model
 from fairhuman_jax.weights.facediffuser import SubjectPipeline, load_subject_model, save_flat_file, save_subject_model
 from fairhuman_jax.weights.ldm import load_component, load_single_file, open_single_file, save_single_file
 from fairhuman_jax.weights.lora import load_lora, load_loras, save_lora
 from fairhuman_jax.weights.mmpose import load_mmpose, load_pose_network
-from fairhuman_jax.weights.pipeline import Pipeline, load_pipeline, save_pipeline
+from fairhuman_jax.weights.opening import load_model, load_pipeline
+from fairhuman_jax.weights.pipeline import Pipeline, save_pipeline
 from fairhuman_jax.weights.tensors import Tensors, open_tensors
 from fairhuman_jax.weights.tokenizers import (
     MARKER,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fairhuman_jax.files import write_json
 from fairhuman_jax.models import (
     AutoencoderKL,
     CLIPText,
@@ -23,14 +24,11 @@ from fairhuman_jax.models import (
     T2IAdapter,
     UNet2DCondition,
 )
-from fairhuman_jax.weights.files import write_json
-from fairhuman_jax.weights.folders import read_config, weight_files
-from fairhuman_jax.weights.hub import fetch_model, is_hub_id
 from fairhuman_jax.weights.keys import canonical_names, leaves
 from fairhuman_jax.weights.placement import Placement, place
 from fairhuman_jax.weights.recognition import looks_like
 from fairhuman_jax.weights.safetensors_io import write_tensors
-from fairhuman_jax.weights.tensors import ParamTensors, Tensors, open_tensors
+from fairhuman_jax.weights.tensors import ParamTensors, Tensors
 
 PyTree = Any
 
@@ -47,52 +45,6 @@ NETWORKS: dict[str, Any] = {
     "Postfuse": Postfuse,
 }
 LISTED = 4  # names an error spells out
-
-
-def load_model(
-    path: str | Path,
-    subfolder: str | None = None,
-    dtype: jnp.dtype | str | None = None,
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-    host: bool = False,
-    sharding: Placement = None,
-    **runtime: Any,
-) -> tuple[nn.Module, PyTree]:
-    """Network and parameters of a diffusers or transformers folder, of a model on the hub, or out of a single file.
-
-    path: a folder, `org/name` on the hub (at `revision`), or a file, in which `subfolder` names the network unless it
-    holds one alone. variant: as in fp16, of folders; None takes full precision, or fp16 where that is all there is.
-    dtype, host, sharding: see `params_from`; dtype is that of computation too, which None leaves at float32. runtime:
-    scan, remat, attention.
-    Errors, one line each: no such folder or model; unsupported config keys; a variant that is not there; tensors
-    missing, unknown or of the wrong shape (all of them in one error that names the file); a truncated file.
-    """
-    if Path(path).is_file():
-        return _load_from_file(Path(path), subfolder, dtype, host=host, sharding=sharding, **runtime)
-    if is_hub_id(path):
-        folder = fetch_model(str(path), subfolder, variant, revision)
-    else:
-        folder = Path(path) / subfolder if subfolder else Path(path)
-    config = read_config(folder)
-    network = NETWORKS[class_name(config, folder)]
-    if dtype is not None:
-        runtime["dtype"] = jnp.dtype(dtype)
-    module = network.from_config(config, **runtime)
-    tensors = open_tensors(weight_files(folder, variant))
-    return module, params_from(tensors, module, dtype, host=host, sharding=sharding)
-
-
-def _load_from_file(path: Path, component: str | None, *args: Any, **kwargs: Any) -> tuple[nn.Module, PyTree]:
-    from fairhuman_jax.weights.ldm import load_component, open_single_file  # it builds on this module
-
-    if component is None:
-        components = list(open_single_file(path).components)
-        if len(components) > 1:
-            raise ValueError(f"{path} holds {', '.join(components)}; name one, as in subfolder={components[0]!r}")
-        component = components[0]
-    return load_component(path, component, *args, **kwargs)
 
 
 def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp.dtype | str | None = None) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.models import CLIPVision, Postfuse
-from fairhuman_jax.weights.diffusers import load_model, save_model
+from fairhuman_jax.weights.diffusers import save_model
 from fairhuman_jax.weights.hub import fetch_file, is_hub_id
 from fairhuman_jax.weights.keys import OLD_ATTENTION, TOWERS
 from fairhuman_jax.weights.ldm.reading import (
@@ -32,7 +32,8 @@ from fairhuman_jax.weights.ldm.reading import (
 from fairhuman_jax.weights.ldm.recognition import FLAT_PREFIXES
 from fairhuman_jax.weights.ldm.views import Slot, View
 from fairhuman_jax.weights.ldm.writing import networks
-from fairhuman_jax.weights.pipeline import Pipeline, load_pipeline, save_pipeline
+from fairhuman_jax.weights.opening import load_model, load_pipeline
+from fairhuman_jax.weights.pipeline import Pipeline, save_pipeline
 from fairhuman_jax.weights.placement import Placement
 from fairhuman_jax.weights.safetensors_io import write_tensors
 from fairhuman_jax.weights.tensors import ParamTensors

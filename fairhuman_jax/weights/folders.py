@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fairhuman_jax.weights.files import read_json
+from fairhuman_jax.files import read_json
 from fairhuman_jax.weights.tensors import shards
 
 # Names without variant, in the order they are looked for: safetensors before pickles.

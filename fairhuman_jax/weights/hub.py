@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fairhuman_jax.weights.files import read_json
+from fairhuman_jax.files import read_json
 from fairhuman_jax.weights.folders import choose_weights, pipeline_parts
 from fairhuman_jax.weights.tensors import shards
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from fairhuman_jax.weights.files import aligned_empty
+from fairhuman_jax.files import aligned_empty
 
 PyTree = Any
 Path = tuple[str, ...]

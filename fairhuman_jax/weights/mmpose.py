@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from fairhuman_jax.models import HigherHRNet, presets
-from fairhuman_jax.weights.diffusers import load_model, params_from
+from fairhuman_jax.weights.diffusers import params_from
+from fairhuman_jax.weights.opening import load_model
 from fairhuman_jax.weights.placement import Placement
 from fairhuman_jax.weights.shipped import or_shipped
 from fairhuman_jax.weights.tensors import Tensors, open_tensors

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.weights.files import map_array
+from fairhuman_jax.files import map_array
 from fairhuman_jax.weights.unpickling import PlainUnpickler, RefusedPickle
 
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from fairhuman_jax.diffusion import NoiseSchedule
+from fairhuman_jax.files import write_json
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
-from fairhuman_jax.weights.diffusers import load_model, save_model
-from fairhuman_jax.weights.files import read_json, write_json
-from fairhuman_jax.weights.folders import pipeline_parts, read_config
-from fairhuman_jax.weights.hub import fetch_pipeline, is_hub_id
-from fairhuman_jax.weights.placement import Placement
-from fairhuman_jax.weights.tokenizers import load_tokenizer, save_tokenizer
+from fairhuman_jax.weights.diffusers import save_model
+from fairhuman_jax.weights.tokenizers import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -63,49 +60,6 @@ class Pipeline:
         """Names of the text encoders, in diffusers' folders and in `params`."""
         names = ("text_encoder", "text_encoder_2")
         return names[1:] if self.is_xl and len(self.text_encoders) == 1 else names[: len(self.text_encoders)]
-
-
-def load_pipeline(
-    path: str | Path,
-    dtype: jnp.dtype | str | None = None,
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-    host: bool = False,
-    sharding: Placement = None,
-    **runtime: Any,
-) -> Pipeline:
-    """The pipeline in a diffusers folder, in a model on the hub (`org/name`) or in a single file.
-
-    dtype, variant, revision, host, sharding and runtime as in `load_model`, for every network.
-    An autoencoder whose config says `force_upcast` overflows in float16, so it stays in float32 there.
-    Errors, one line each: no such folder or model, a component that is missing or does not fit its config.
-    """
-    if Path(path).is_file():
-        from fairhuman_jax.weights.ldm import load_single_file  # it builds on this module
-
-        return load_single_file(path, dtype, host=host, sharding=sharding, **runtime)
-    folder = fetch_pipeline(str(path), variant, revision) if is_hub_id(path) else Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; a pipeline folder holds model_index.json")
-    index = read_json(folder / "model_index.json")
-    parts = pipeline_parts(index, str(folder))
-    modules, params = {}, {}
-    for name in (*parts["networks"], *parts["text_encoders"]):
-        kind = vae_dtype(read_config(folder / "vae"), dtype) if name == "vae" else dtype
-        modules[name], params[name] = load_model(
-            folder, name, kind, variant=variant, host=host, sharding=sharding, **runtime
-        )
-    return Pipeline(
-        unet=modules["unet"],
-        vae=modules["vae"],
-        text_encoders=tuple(modules[name] for name in parts["text_encoders"]),
-        tokenizers=tuple(load_tokenizer(folder / name) for name in parts["tokenizers"]),
-        schedule=NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json")),
-        params=params,
-        force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
-        requires_aesthetics_score=bool(index.get("requires_aesthetics_score", False)),
-    )
 
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path, dtype: jnp.dtype | str | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.weights.files import map_array, replacing
+from fairhuman_jax.files import map_array, replacing
 
 DTYPE_NAMES = {
     "float64": "F64",

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from fairhuman_jax.diffusion import NoiseSchedule
+from fairhuman_jax.files import read_json
 from fairhuman_jax.models import presets
 from fairhuman_jax.weights.diffusers import NETWORKS, class_name, expected_params
-from fairhuman_jax.weights.files import read_json
 from fairhuman_jax.weights.folders import pipeline_parts, read_config
 from fairhuman_jax.weights.pipeline import Pipeline, vae_dtype
 

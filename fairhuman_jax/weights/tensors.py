@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from fairhuman_jax.weights.files import read_json
+from fairhuman_jax.files import read_json
 from fairhuman_jax.weights.keys import Leaf, leaves
 from fairhuman_jax.weights.pickles import LEGACY_START, ZIP_START, TorchPickle
 from fairhuman_jax.weights.safetensors_io import TensorFiles

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fairhuman_jax.weights.files import replacing, write_json
+from fairhuman_jax.files import replacing, write_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

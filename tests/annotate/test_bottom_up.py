@@ -20,7 +20,7 @@ from fairhuman_jax.annotate.bottom_up import (
     read_maps,
     smooth_logarithm,
 )
-from fairhuman_jax.data.transforms import MIRROR
+from fairhuman_jax.keypoints.poses import MIRROR
 
 SWAP = list(MIRROR["coco17"])
 HEIGHT, WIDTH, SIGMA = 96, 128, 2.0

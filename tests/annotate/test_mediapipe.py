@@ -16,9 +16,9 @@ from fairhuman_jax.annotate import __main__ as door
 from fairhuman_jax.annotate import mediapipe as mp
 from fairhuman_jax.annotate.boxes import anchors, decode_detections, merge_detections
 from fairhuman_jax.annotate.models import MODELS, LiteModel, fetch_models, model_path
-from fairhuman_jax.annotate.readers import read_poses
 from fairhuman_jax.annotate.squares import Square, cut, letterbox, paste
-from fairhuman_jax.data.packages import holds
+from fairhuman_jax.keypoints.readers import read_poses
+from fairhuman_jax.packages import holds
 
 TURNED = Square((31.5, 20.25), 24.0, 0.7)
 RNG = np.random.default_rng(0)

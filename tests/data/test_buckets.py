@@ -13,7 +13,7 @@ from PIL import Image
 
 from fairhuman_jax.data import FolderDataset, JointTransform, export_folder, make_loader
 from fairhuman_jax.data.buckets import assign_buckets, bucket_shapes, nearest_bucket
-from fairhuman_jax.data.folder import read_image
+from fairhuman_jax.data.pictures import read_image
 
 SHAPES = bucket_shapes(32, step=8)
 SIZES = ((40, 40), (60, 40), (40, 60), (33, 64), (64, 40))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fairhuman_jax.data import BadSample, FolderDataset
-from fairhuman_jax.data.folder import read_image, read_mask
+from fairhuman_jax.data.pictures import read_image, read_mask
 
 
 def write(root: Path, lines: list[dict | str], files: dict[str, np.ndarray]) -> Path:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_pose_drawing import COCO
+from tiny_people import COCO
 
 from fairhuman_jax.data import JointTransform
 from fairhuman_jax.data.keypoint_transforms import PEOPLE, PoseTransform, inside, padded, rotate
-from fairhuman_jax.data.pose_drawing import HUMANSD17, draw_bodies
-from fairhuman_jax.data.transforms import MIRROR
+from fairhuman_jax.keypoints.poses import MIRROR
+from fairhuman_jax.keypoints.skeletons import HUMANSD17, draw_bodies
 
 FILL = np.tile(np.array([-1, -1, 0], np.float32), (17, 1))
 LEFT_FOREARM, RIGHT_FOREARM = HUMANSD17.limb_colours[8], HUMANSD17.limb_colours[9]

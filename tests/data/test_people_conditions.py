@@ -11,7 +11,7 @@ from fairhuman_jax.data import FolderDataset
 from fairhuman_jax.data.people import PeopleDataset, PeoplePack, render, sample_spec
 from fairhuman_jax.data.people.__main__ import main
 from fairhuman_jax.data.people.conditions import detected_points, humansd_skeleton, skeleton
-from fairhuman_jax.data.pose_drawing import HUMANSD17, OPENPOSE18
+from fairhuman_jax.keypoints.skeletons import HUMANSD17, OPENPOSE18
 
 SIZE = 96
 RIGHT_WRIST, LEFT_WRIST = OPENPOSE18.joint_colours[4], OPENPOSE18.joint_colours[7]

@@ -8,14 +8,7 @@ import pytest
 from fairhuman_jax.data.people.gestures import ARM_GESTURES
 from fairhuman_jax.data.people.hands import HAND_SHAPES, finger_rotations, hand_axes
 from fairhuman_jax.data.people.pack import PeoplePack
-from fairhuman_jax.data.people.posing import (
-    body_frame,
-    carry_points,
-    forward_kinematics,
-    pose_body,
-    skin,
-    two_bone_ik,
-)
+from fairhuman_jax.data.people.posing import body_frame, carry_points, forward_kinematics, pose_body, skin, two_bone_ik
 from fairhuman_jax.data.people.rotations import axis_angle, euler, rotation_vector, twist_angle
 from fairhuman_jax.data.people.shape import shape_body
 from fairhuman_jax.data.people.spec import GESTURES, sample_spec

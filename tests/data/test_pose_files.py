@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_pose_drawing import COCO
+from tiny_people import COCO
 
 from fairhuman_jax.data import BadSample, make_loader
 from fairhuman_jax.data.keypoint_transforms import PoseTransform

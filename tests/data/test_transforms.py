@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairhuman_jax.data import Geometry, JointTransform, dilate_mask
-from fairhuman_jax.data.transforms import MIRROR
+from fairhuman_jax.keypoints.poses import MIRROR
 
 
 def sample(height: int, width: int, seed: int = 0) -> dict:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fairhuman_jax.losses import heatmap_mask, heatmap_weight, humansd_loss
-from fairhuman_jax.losses.heatmap import average_area, missing_joints, resize_aligned, resize_bicubic
+from fairhuman_jax.losses.heatmap import missing_joints
+from fairhuman_jax.resizing import average_area, resize_aligned, resize_bicubic
 
 SCALE = 0.18215
 

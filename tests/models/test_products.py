@@ -147,7 +147,7 @@ def test_low_rank_updates_in_bfloat16(layer):
 def test_compiled_for_a_cpu_nothing_is_widened_before_a_product():
     """With the doors' choice of kernels; a float32 operand would show as a float32 copy of the kernel."""
     code = (
-        "from fairhuman_jax.doors.common import choose_cpu_kernels\n"
+        "from fairhuman_jax.devices.kernels import choose_cpu_kernels\n"
         "choose_cpu_kernels('bfloat16')\n"
         "import jax, jax.numpy as jnp\n"
         "from fairhuman_jax.models.layers import Conv, Linear\n"
@@ -164,7 +164,7 @@ def test_compiled_for_a_cpu_nothing_is_widened_before_a_product():
 def test_compiled_for_a_cpu_a_scanned_stack_of_kernels_has_no_float32_copy():
     """With the doors' choice of passes; XLA by itself widens the whole stack ahead of the loop."""
     code = (
-        "from fairhuman_jax.doors.common import choose_cpu_kernels\n"
+        "from fairhuman_jax.devices.kernels import choose_cpu_kernels\n"
         "choose_cpu_kernels('bfloat16')\n"
         "import jax, jax.numpy as jnp\n"
         "from fairhuman_jax.models.products import product\n"

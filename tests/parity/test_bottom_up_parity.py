@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from fairhuman_jax.annotate.bottom_up import BottomUpSettings, find_peaks, read_maps
-from fairhuman_jax.data.transforms import MIRROR
+from fairhuman_jax.keypoints.poses import MIRROR
 
 SWAP = list(MIRROR["coco17"])
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny_models import CAPTIONS, TOKENS, tiny_tokenizer
 
-from fairhuman_jax.evaluate import main
-from fairhuman_jax.evaluation.clip_similarity import clip_pixels, clip_similarities, load_clip
+from fairhuman_jax.evaluate.__main__ import main
+from fairhuman_jax.evaluate.clip_similarity import clip_pixels, clip_similarities, load_clip
 from fairhuman_jax.weights.tokenizers import save_tokenizer
 
 torch = pytest.importorskip("torch")

@@ -21,8 +21,8 @@ from tiny_models import (
 )
 
 from fairhuman_jax.losses import make_combiner
-from fairhuman_jax.systems.fairhuman import FairHuman
-from fairhuman_jax.systems.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable
+from fairhuman_jax.systems.fairhuman.system import FairHuman
+from fairhuman_jax.systems.fairhuman.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable
 from fairhuman_jax.training.objectives import task_gradients
 from fairhuman_jax.weights import save_model
 from fairhuman_jax.weights.keys import is_stacked, module_names

@@ -8,8 +8,8 @@ import pytest
 from tiny_models import SIZE, control_batch, quick_jit
 from tiny_pose import JOINTS, THRESHOLD, humansd, spots_variables
 
-from fairhuman_jax.systems.contract import sample_keys
-from fairhuman_jax.systems.humansd import POSE_STREAM, WEIGHT_STREAM, joined
+from fairhuman_jax.contract import sample_keys
+from fairhuman_jax.systems.humansd.system import POSE_STREAM, WEIGHT_STREAM, joined
 from fairhuman_jax.training.objectives import task_gradients
 from fairhuman_jax.weights import save_model
 

@@ -21,12 +21,12 @@ from tiny_models import (
     with_middle,
 )
 
+from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
 from fairhuman_jax.diffusion import NoiseSchedule
+from fairhuman_jax.drawing.requests import draw_latents, make_request
 from fairhuman_jax.models import ControlNet, T2IAdapter, UNet2DCondition
-from fairhuman_jax.systems.fairhuman import FairHumanConfig
-from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
-from fairhuman_jax.systems.sampling import draw_latents, make_request
-from fairhuman_jax.systems.trainables import AdapterTrainable, ControlNetTrainable
+from fairhuman_jax.systems.fairhuman.system import FairHumanConfig
+from fairhuman_jax.systems.fairhuman.trainables import AdapterTrainable, ControlNetTrainable
 from fairhuman_jax.weights import save_model, save_pipeline
 
 PROMPTS, NEGATIVE = ["a person waves", "two hands"], "a face"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from fairhuman_jax.systems.latent_diffusion import LatentDiffusion
-from fairhuman_jax.systems.pipelines import open_pipeline
-from fairhuman_jax.systems.sampling import make_request
+from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
+from fairhuman_jax.bases.opening import open_pipeline
+from fairhuman_jax.drawing.requests import draw_images, make_request
 
 PROMPTS = [
     "an upper body photo of a woman with long blond hair wearing a red t-shirt, waving, smiling, white background",
@@ -32,7 +32,7 @@ def test_same_picture_as_diffusers(folder):
     noise = np.random.default_rng(0).normal(size=(2, 16, 16, 8)).astype(np.float32)
     request = make_request(system, PROMPTS, [0, 1], steps=STEPS, guidance=GUIDANCE, size=(64, 64))
     request = request.replace(latents=noise)
-    ours = (np.asarray(system.sample_images(system.pipeline.params, request, jax.random.key(0))) + 1.0) / 2.0
+    ours = (np.asarray(draw_images(system, system.pipeline.params, request, jax.random.key(0))) + 1.0) / 2.0
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tiny_models import assert_trees_equal
 
+from fairhuman_jax.devices.sharding import make_mesh, place, replicate
 from fairhuman_jax.training.checkpoint import Checkpointer, has_checkpoint
-from fairhuman_jax.training.sharding import make_mesh, place, replicate
 from fairhuman_jax.training.state import OptimizerConfig, init_state, make_optimizer
 
 POSITION = {"step": 12, "batch_size": 4, "seed": 3, "shuffle": True, "samples": 9, "shards": 1}

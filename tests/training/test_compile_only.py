@@ -13,19 +13,14 @@ from jax.sharding import PartitionSpec
 from tiny_models import SMALL_UNET, random_params, tiny_pipeline
 
 from fairhuman_jax.config import load_config
+from fairhuman_jax.devices.sharding import AXES, make_mesh
 from fairhuman_jax.models import UNet2DCondition
-from fairhuman_jax.systems.fairhuman import FairHumanConfig
-from fairhuman_jax.systems.trainables import ControlNetTrainable, LoraTrainable
+from fairhuman_jax.systems.fairhuman.system import FairHumanConfig
+from fairhuman_jax.systems.fairhuman.trainables import ControlNetTrainable, LoraTrainable
 from fairhuman_jax.training import compile_only as module
-from fairhuman_jax.training.compile_only import (
-    StepReport,
-    compile_only,
-    compile_step,
-    describe_report,
-)
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
+from fairhuman_jax.training.compile_only import StepReport, compile_only, compile_step, describe_report
 from fairhuman_jax.training.program_cost import Traffic
-from fairhuman_jax.training.sharding import AXES, make_mesh
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.weights import save_pipeline
 
 

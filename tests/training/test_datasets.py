@@ -14,20 +14,14 @@ from tiny_models import SIZE, write_folder
 from fairhuman_jax.config import ConfigError, apply_overrides
 from fairhuman_jax.data.folder import FolderDataset
 from fairhuman_jax.data.keypoint_transforms import PoseTransform
-from fairhuman_jax.data.pose_drawing import HUMANSD17, draw_bodies
 from fairhuman_jax.data.pose_files import MappingDataset
 from fairhuman_jax.data.shards import ShardedDataset
 from fairhuman_jax.data.tfds_folder import TFDSDataset, build_tfds
 from fairhuman_jax.data.transforms import JointTransform
-from fairhuman_jax.training.config import DataConfig, TrainConfig
-from fairhuman_jax.training.datasets import (
-    encode_source,
-    held_out_batches,
-    open_data,
-    open_source,
-    training_batches,
-)
-from fairhuman_jax.training.encode import encode_folder
+from fairhuman_jax.keypoints.skeletons import HUMANSD17, draw_bodies
+from fairhuman_jax.training.datasets import encode_source, held_out_batches, open_data, open_source, training_batches
+from fairhuman_jax.training.encoded_folder import encode_folder
+from fairhuman_jax.training.run_config import DataConfig, TrainConfig
 
 
 class Pooling:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fairhuman_jax.training.logging import RunLogger, drop_from, read_metrics, table
+from fairhuman_jax.commands import table
+from fairhuman_jax.training.logging import RunLogger, drop_from, read_metrics
 
 
 def test_records_are_one_json_object_a_line_and_flushed(tmp_path):

@@ -18,10 +18,10 @@ from tiny_models import (
     trained_lora,
 )
 
+from fairhuman_jax.devices.sharding import leaf_specs, make_mesh, place, shard_batch
 from fairhuman_jax.losses import fair_combine
 from fairhuman_jax.training.combining import FairConfig, init_fair
 from fairhuman_jax.training.objectives import mean_over_micro_batches, task_gradients
-from fairhuman_jax.training.sharding import leaf_specs, make_mesh, place, shard_batch
 from fairhuman_jax.training.state import init_state
 from fairhuman_jax.training.step import make_train_step
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from fairhuman_jax.devices.sharding import AXES, make_mesh
 from fairhuman_jax.models.attention import attention
 from fairhuman_jax.training.program_cost import Traffic, collectives, flops
-from fairhuman_jax.training.sharding import AXES, make_mesh
 
 X, W = jnp.zeros((8, 16)), jnp.zeros((5, 16, 16))
 PRODUCT = 2 * 8 * 16 * 16

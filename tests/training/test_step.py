@@ -12,9 +12,9 @@ import optax
 import pytest
 from tiny_models import QUICK, assert_trees_close, assert_trees_equal
 
-from fairhuman_jax.systems.contract import sample_keys
+from fairhuman_jax.contract import sample_keys
+from fairhuman_jax.devices.sharding import make_mesh, replicate, shard_batch
 from fairhuman_jax.training.combining import FairConfig, init_fair
-from fairhuman_jax.training.sharding import make_mesh, replicate, shard_batch
 from fairhuman_jax.training.state import OptimizerConfig, init_state, learning_rate_schedule, make_optimizer
 from fairhuman_jax.training.step import make_train_step
 

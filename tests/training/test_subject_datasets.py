@@ -14,11 +14,11 @@ from fairhuman_jax.config import ConfigError, apply_overrides, from_json, to_jso
 from fairhuman_jax.data.people.subjects import PeopleSubjects
 from fairhuman_jax.data.subject_folder import MARKER, SubjectDataset
 from fairhuman_jax.data.subject_transforms import SubjectConfig, SubjectTransform
-from fairhuman_jax.systems.autoencoder import AutoencoderConfig
+from fairhuman_jax.systems.shipped.autoencoder import AutoencoderConfig
 from fairhuman_jax.training.compile_only import batch_shapes
-from fairhuman_jax.training.config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.datasets import Part, held_out_batches, open_data, open_source, training_batches
-from fairhuman_jax.training.encode import encode_folder
+from fairhuman_jax.training.encoded_folder import encode_folder
+from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 
 SUBJECTS = SubjectConfig(max_objects=2, object_resolution=8, uncondition_prob=0.25, identities=4, references=2)
 

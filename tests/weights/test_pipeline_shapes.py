@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_models import tiny_xl_pipeline
 
-from fairhuman_jax.systems.pipelines import open_pipeline
+from fairhuman_jax.bases.opening import open_pipeline
 from fairhuman_jax.weights import load_pipeline, save_pipeline
 from fairhuman_jax.weights.shapes import pipeline_shapes
 

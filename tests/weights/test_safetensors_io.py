@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fairhuman_jax.weights.files import read_json, replacing, write_json
+from fairhuman_jax.files import read_json, replacing, write_json
 from fairhuman_jax.weights.safetensors_io import TensorFiles, write_tensors
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax, numpy as np
 from fairhuman_jax.models import CLIPText
 from fairhuman_jax.weights import expected_params, load_model, save_model
-from fairhuman_jax.weights.files import write_json
+from fairhuman_jax.files import write_json
 from fairhuman_jax.weights.keys import leaves
 from fairhuman_jax.weights.safetensors_io import write_tensors
 

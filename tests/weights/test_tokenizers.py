@@ -7,13 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from fairhuman_jax.weights import (
-    build_small_clip_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    tokenize,
-    tokens_cut,
-)
+from fairhuman_jax.weights import build_small_clip_tokenizer, load_tokenizer, save_tokenizer, tokenize, tokens_cut
 from fairhuman_jax.weights.tokenizers import count_chunks, tokenize_chunks
 
 pytest.importorskip("transformers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fairhuman_jax.data.people.labels import SIDES
-from fairhuman_jax.data.pose_drawing import HUMANSD17, control_image, draw_bodies
+from fairhuman_jax.keypoints.skeletons import HUMANSD17, control_image, draw_bodies
 
 LEAST_JOINTS = 4  # visible joints of a hand that is drawn, all of it
 HEAD_POINTS = {"openpose18": (0, 14, 15, 16, 17), "coco17": (0, 1, 2, 3, 4)}  # nose, eyes, ears

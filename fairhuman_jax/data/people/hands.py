@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .pack import PeoplePack
-from .rotations import axis_angle, cross, rotation_vector, unit
+from fairhuman_jax.data.people.pack import PeoplePack
+from fairhuman_jax.data.people.rotations import axis_angle, cross, rotation_vector, unit
 
 SIDES = ("L", "R")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from fairhuman_jax.data.people.surface import HAND_LEFT, HAND_RIGHT, HEAD_SKIN
-from fairhuman_jax.data.pose_drawing import relative_depth
+from fairhuman_jax.keypoints.skeletons import relative_depth
 
 CLASSES = 9
 SIDES = ("left", "right")

@@ -9,13 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairhuman_jax.data.people import pack as parts
-from fairhuman_jax.data.people.garments import (
-    BodyFields,
-    Wardrobe,
-    body_fields,
-    smoothstep,
-    vertex_normals,
-)
+from fairhuman_jax.data.people.garments import BodyFields, Wardrobe, body_fields, smoothstep, vertex_normals
 from fairhuman_jax.data.people.pack import PeoplePack
 from fairhuman_jax.data.people.surface import ATTRIBUTES, STOOL
 

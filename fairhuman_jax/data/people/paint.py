@@ -8,16 +8,7 @@ from fairhuman_jax.data.people import pack as parts
 from fairhuman_jax.data.people import palette
 from fairhuman_jax.data.people.face_paint import blend, paint_eyes, paint_head
 from fairhuman_jax.data.people.garments import smoothstep
-from fairhuman_jax.data.people.surface import (
-    BOTTOM,
-    HAIR,
-    HAND_LEFT,
-    HEAD_SKIN,
-    SHOES,
-    STOOL,
-    TOP,
-    Surface,
-)
+from fairhuman_jax.data.people.surface import BOTTOM, HAIR, HAND_LEFT, HEAD_SKIN, SHOES, STOOL, TOP, Surface
 
 STOOL_COLOUR = (0.46, 0.33, 0.22)
 MOUTH_COLOUR = (0.30, 0.06, 0.06)

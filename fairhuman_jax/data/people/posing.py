@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .gestures import ArmTarget, BodyFrame, arm_target
-from .hands import SIDES, finger_rotations, hand_axes
-from .pack import PeoplePack
-from .rotations import axis_angle, cross, euler, frame, twist_angle, unit
-from .shape import Shaped, front, half_width, head_vertices, torso_vertices
+from fairhuman_jax.data.people.gestures import ArmTarget, BodyFrame, arm_target
+from fairhuman_jax.data.people.hands import SIDES, finger_rotations, hand_axes
+from fairhuman_jax.data.people.pack import PeoplePack
+from fairhuman_jax.data.people.rotations import axis_angle, cross, euler, frame, twist_angle, unit
+from fairhuman_jax.data.people.shape import Shaped, front, half_width, head_vertices, torso_vertices
 
 LOWER_ARM_TWIST = {"lowerarm01": 0.25, "lowerarm02": 0.65}  # shares of the wrist's turn
 SEAT_RADIUS = 0.10  # metres around the hips that rest on a seat

@@ -29,9 +29,7 @@ from fairhuman_jax.data.people.surface import (
     is_face,
     surface,
 )
-from fairhuman_jax.data.people.surface import (
-    HAIR as HAIR_CLASS,
-)
+from fairhuman_jax.data.people.surface import HAIR as HAIR_CLASS
 
 
 def identity_vector(person: dict) -> np.ndarray:

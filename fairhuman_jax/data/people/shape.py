@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .pack import BODY, HEAD, PeoplePack
+from fairhuman_jax.data.people.pack import BODY, HEAD, PeoplePack
 
 # Factor -> number of anchors, in the order of the columns of `phen_mask`; ancestry fills the last three.
 FACTORS = {"gender": 2, "age": 2, "muscle": 3, "weight": 3, "height": 2, "proportions": 2}

@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from . import palette
+from fairhuman_jax.data.people import palette
 
 FACE_COEFFICIENTS = 16
 SIGN_SHAPES = ("open", "peace", "pointing", "ok", "fist", "thumbs up", "pointing outwards")

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fairhuman_jax.weights.files import read_json
+from fairhuman_jax.files import read_json
 from fairhuman_jax.weights.tensors import Tensors
 
 SETTINGS_NAME = "adapter_config.json"

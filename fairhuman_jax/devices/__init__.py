@@ -1,0 +1,1 @@
+"""Machines: meshes and how arrays lie on them, processes, topologies, kernels."""

@@ -1,0 +1,1 @@
+"""Drawing: options, requests, and jobs that become pictures on disk."""

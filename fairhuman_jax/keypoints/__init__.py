@@ -1,0 +1,1 @@
+"""Key points of people: the record, readers of files, drawn skeletons."""

@@ -1,0 +1,1 @@
+"""Face-diffuser: a scene model and a subject model, fused per pixel."""

@@ -1,0 +1,1 @@
+"""FairHuman: global, face and hand objectives combined by a fair rule."""

@@ -1,0 +1,1 @@
+"""HumanSD: a denoiser that reads a skeleton's latents beside its own."""

@@ -1,0 +1,1 @@
+"""Systems that train the networks shipped with the package."""

@@ -1,0 +1,182 @@
+"""Training of a bottom-up pose network: heat maps of joints, and tags that say whose joints they are.
+
+Sources: Newell et al. 2017 (associative embedding), section 3.2; Cheng et al. 2020 (HigherHRNet), section 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fairhuman_jax.contract import Batch, PreviewConfig
+from fairhuman_jax.models import HigherHRNet, stage_mean
+from fairhuman_jax.weights import expected_params, save_model
+
+PyTree = Any
+Size = tuple[int, ...]  # (height, width)
+LAST_DEVIATION = 1e-3  # of the initial kernels that make heat maps and tags
+
+
+@dataclass(frozen=True)
+class PoseNetworkConfig:
+    """network: config of `HigherHRNet`; sigma: of the Gaussians, in cells of either heat map; tag_weight: of the
+    grouping loss beside the mean squared error of the heat maps."""
+
+    network: Mapping[str, Any] = field(default_factory=dict)
+    sigma: float = 1.0
+    tag_weight: float = 1e-3
+    dtype: str = "float32"
+
+    def build(self) -> PoseNetwork:
+        """The network, not yet initialised. Errors: config keys that are not known."""
+        return PoseNetwork(HigherHRNet.from_config(dict(self.network), dtype=jnp.dtype(self.dtype)), self)
+
+
+@dataclass(frozen=True, eq=False)
+class PoseNetwork:
+    """Trainable: the network's parameters. Frozen: nothing. One objective: pose.
+
+    A batch has `image` uint8 [B, H, W, 3] and `keypoints` float32 [B, P, J, 3]: (x, y, confidence) of P people at
+    most, pixel centres at +.5, and confidence 0 for joints that are not seen. Batch norms take the moments of the
+    batch throughout, on each device those of its part; running ones are made at export, from held-out pictures.
+    """
+
+    network: HigherHRNet
+    config: PoseNetworkConfig
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Random parameters: kernels normal with variance 2 / fan-in, those of the last layers small, so that a network
+        starts from empty heat maps; norms that change nothing."""
+        return random_params(self.network, key), {}
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """No text is used."""
+        return {}
+
+    def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
+        """{"coarse": heat maps and tags [B, H/4, W/4, 2 J], "fine": heat maps [B, H/2, W/2, J]}."""
+        coarse, fine = self.network.apply(
+            {"params": trainable}, self._pixels(batch["image"]), use_running_average=False
+        )
+        return {"coarse": coarse, "fine": fine}
+
+    def objectives(self, prediction: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """Mean squared errors of both heat maps, and `tag_weight` times the grouping loss."""
+        keypoints, picture = batch["keypoints"], batch["image"].shape[1:3]
+        heat, tags = jnp.split(prediction["coarse"], 2, axis=-1)
+        errors = [
+            jnp.mean(jnp.square(found - gaussians(keypoints, picture, found.shape[1:3], self.config.sigma)))
+            for found in (heat, prediction["fine"])
+        ]
+        return {"pose": sum(errors) + self.config.tag_weight * tag_loss(tags, keypoints, picture)}
+
+    def sample(self, trainable: PyTree, frozen: PyTree, request: jax.Array, key: jax.Array) -> jax.Array:
+        """The pictures [N, H, W, 3] uint8 in `request` at half brightness, red where a joint is found, in [-1, 1]."""
+        prediction = self.predict(trainable, frozen, {"image": request}, key)
+        heat = jnp.max(stage_mean(prediction["coarse"], prediction["fine"]), axis=-1, keepdims=True)
+        heat = jnp.clip(heat, 0.0, 1.0).repeat(2, axis=1).repeat(2, axis=2)
+        red = jnp.asarray([1.0, 0.0, 0.0])
+        return 2.0 * ((1.0 - heat) * 0.5 * request / 255.0 + heat * red) - 1.0
+
+    def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[jax.Array, list[str]]:
+        """The first held-out images, in which joints are to be found."""
+        images = held_out["image"][:16]
+        return jnp.asarray(images), [""] * len(images)
+
+    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+        """Writes a folder that `load_pose_network` reads, in float16, and returns it.
+
+        Running statistics are the moments of `held_out`, each layer's with those of the layers before it.
+        """
+        statistics = self.statistics(trainable, jnp.asarray(held_out["image"]))
+        save_model(self.network, {"params": trainable, "batch_stats": statistics}, folder, dtype="float16")
+        return folder
+
+    def statistics(self, params: PyTree, images: jax.Array) -> PyTree:
+        """`batch_stats` of the network on pictures [N, H, W, 3] uint8: means and variances of all of them together."""
+        apply = jax.jit(
+            lambda params, images: self.network.apply(
+                {"params": params}, self._pixels(images), use_running_average=False, mutable=["batch_stats"]
+            )
+        )
+        return apply(params, images)[1]["batch_stats"]
+
+    def _pixels(self, image: jax.Array) -> jax.Array:
+        """uint8 -> float32 as the network wants it."""
+        return self.network.normalise(image.astype(jnp.float32) / 255.0)
+
+
+def random_params(network: HigherHRNet, key: jax.Array) -> PyTree:
+    """See `PoseNetwork.init`. All kernels are parts of one draw: drawn one by one they compile for a minute."""
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(expected_params(network)["params"])
+    ends = np.cumsum([shape.size if shape.ndim > 1 else 0 for shape in shapes.values()]).tolist()
+
+    @jax.jit
+    def draw(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+        values, params = jax.random.normal(key, (ends[-1],)), {}
+        for (path, shape), end in zip(shapes.items(), ends, strict=True):
+            if shape.ndim == 1:
+                params[path] = jnp.full(shape.shape, float(path[-1] == "scale"), jnp.float32)
+            else:
+                last = path[-2].startswith("final_layers")
+                deviation = LAST_DEVIATION if last else math.sqrt(2.0 / math.prod(shape.shape[:-1]))
+                params[path] = deviation * values[end - shape.size : end].reshape(shape.shape)
+        return params
+
+    return unflatten_dict(draw(key))
+
+
+def to_cells(points: jax.Array, picture: Size, cells: Size) -> jax.Array:
+    """Coordinates (x, y) [..., 2] in pixels, centres at +.5, as places in a heat map whose corner cells are the corner
+    pixels, centres at whole numbers.
+
+    Source: Huang et al. 2020 (UDP), section 4.1.
+    """
+    scale = [(small - 1) / (large - 1) for small, large in zip(cells[::-1], picture[::-1], strict=True)]
+    return (points - 0.5) * jnp.asarray(scale, jnp.float32)
+
+
+def gaussians(keypoints: jax.Array, picture: Size, cells: Size, sigma: float) -> jax.Array:
+    """Heat maps float32 [B, *cells, J] of key points [B, P, J, 3]: exp(-d^2 / (2 sigma^2)), the highest of all people.
+
+    d is the distance to the exact place, in cells. Joints of confidence 0 leave no trace.
+    """
+    at = to_cells(keypoints[..., :2], picture, cells)
+    across, down = (
+        jnp.exp(-0.5 * jnp.square((jnp.arange(size) - at[..., axis, None]) / sigma))
+        for axis, size in ((0, cells[1]), (1, cells[0]))
+    )
+    across *= (keypoints[..., 2] > 0)[..., None]
+    return jnp.moveaxis(jnp.max(down[..., :, None] * across[..., None, :], axis=1), 1, -1)
+
+
+def tag_loss(tags: jax.Array, keypoints: jax.Array, picture: Size) -> jax.Array:
+    """Grouping loss of tags [B, h, w, J] at key points [B, P, J, 3]: a person's tags agree, those of people differ.
+
+    Mean over people of the variance of their tags, plus half the mean over pairs of exp(-(difference of means)^2);
+    then the mean over pictures. Joints count where they are seen inside the picture.
+    """
+    height, width = tags.shape[1:3]
+    at = jnp.round(to_cells(keypoints[..., :2], picture, (height, width))).astype(jnp.int32)
+    x, y = at[..., 0], at[..., 1]
+    seen = (keypoints[..., 2] > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    rows, joints = jnp.arange(len(tags))[:, None, None], jnp.arange(tags.shape[-1])
+    found = tags[rows, jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1), joints].astype(jnp.float32)
+    count = seen.sum(axis=-1)
+    mean = jnp.sum(found * seen, axis=-1) / jnp.maximum(count, 1)
+    spread = jnp.sum(jnp.square(found - mean[..., None]) * seen, axis=-1) / jnp.maximum(count, 1)
+    present = count > 0
+    people = present.sum(axis=-1)
+    pull = spread.sum(axis=-1) / jnp.maximum(people, 1)
+    both = present[:, :, None] & present[:, None, :] & ~jnp.eye(present.shape[1], dtype=bool)
+    closeness = jnp.exp(-jnp.square(mean[:, :, None] - mean[:, None, :])) * both
+    push = 0.5 * closeness.sum(axis=(1, 2)) / jnp.maximum(people * (people - 1), 1)
+    return jnp.mean(pull + push)
