@@ -210,7 +210,7 @@ def _renderer_digest() -> str:
     """Twelve hex digits over the people world's source files, its body pack and the drawing of control images."""
     digest = hashlib.sha256()
     entries = sorted(resources.files("fairhuman_jax.data.people").iterdir(), key=lambda e: e.name)
-    for entry in (*entries, resources.files("fairhuman_jax.data") / "pose_drawing.py"):
+    for entry in (*entries, resources.files("fairhuman_jax.keypoints") / "skeletons.py"):
         if entry.name.endswith((".py", ".npz")):
             digest.update(entry.name.encode() + entry.read_bytes())
     return digest.hexdigest()[:12]
