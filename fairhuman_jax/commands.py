@@ -11,7 +11,7 @@ import numpy as np
 USER_ERRORS = (ValueError, OSError)
 
 
-def add_debug(parser: argparse.ArgumentParser) -> None:
+def add_debug(parser: Any) -> None:
     """The option that shows where an error came from."""
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
 

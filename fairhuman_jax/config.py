@@ -97,13 +97,13 @@ def _unknown(name: str, cls: type) -> str:
 def _parse(text: str, hint: Any, key: str) -> Any:
     """Text of the command line -> a value of the declared type."""
     try:
-        return _read(text, hint)
+        return parse_value(text, hint)
     except ConfigError:
         raise ConfigError(f"--set {key}={text}: needs {_name(hint)}") from None
 
 
-def _read(text: str, hint: Any) -> Any:
-    """`text` as a value of type `hint`; ConfigError when it is none."""
+def parse_value(text: str, hint: Any) -> Any:
+    """`text` as a value of type `hint`. Raises: ConfigError when it is none."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _first(text, sorted(arguments, key=_preference))
@@ -137,7 +137,7 @@ def _preference(hint: Any) -> int:
 def _first(text: str, hints: Iterable[Any], allowed: Sequence[Any] | None = None) -> Any:
     for hint in hints:
         try:
-            value = _read(text, hint)
+            value = parse_value(text, hint)
         except ConfigError:
             continue
         if allowed is None or any(value == option and type(value) is type(option) for option in allowed):
@@ -165,7 +165,7 @@ def _sequence(text: str, kind: Any, arguments: tuple[Any, ...]) -> Any:
     if arguments[-1] is ... and typing.get_origin(arguments[0]) not in (tuple, list):
         inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
         parts = [part.strip() for part in inner.split(",") if part.strip()]
-        return kind(_read(part, arguments[0]) for part in parts)
+        return kind(parse_value(part, arguments[0]) for part in parts)
     values = _python(text if text[:1] in "([" else f"({text},)", (tuple, list))
     return kind(_decode(list(values), kind.__class_getitem__(arguments), "value"))
 

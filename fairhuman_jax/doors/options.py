@@ -1,164 +1,118 @@
-"""The options of `sample.py`, their defaults, and what of them can be refused before anything is read."""
+"""Command lines made of records of options: one option a field, with its sentence, default and range."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from fairhuman_jax.commands import add_debug
-from fairhuman_jax.diffusion import RULES
-from fairhuman_jax.drawing.pictures import Size
-from fairhuman_jax.systems.facediffuser.pipeline import add_subject_options, check_subject_options
-from fairhuman_jax.systems.humansd.system import REFERENCE_ADDED, REFERENCE_NEGATIVE, REFERENCE_SCHEDULER
+from fairhuman_jax.config import ConfigError, parse_value
+from fairhuman_jax.fields import Field, OptionError, fields_of
 
-PUBLISHED = {"steps": 50, "guidance": 10.0, "negative": REFERENCE_NEGATIVE, "scheduler": REFERENCE_SCHEDULER}
+POSITIONAL = "prompt"  # the field that takes what stands on a command line without a flag
 
 
-def sample_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description="Draws prompts; PNGs carry their recipe, several make a contact sheet as well."
-    )
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
-    parser.add_argument("--prompts", dest="file", type=Path, metavar="FILE", help="a text file, one prompt a line")
-    parser.add_argument("--negative", default=None, help="what the picture should not be")
-    parser.add_argument("--seed", type=_numbers, default=[0], metavar="N[,N...]", help="one image a prompt and seed")
-    parser.add_argument("--number", type=int, default=1, help="images a prompt and seed; each next one adds 1 to it")
-    parser.add_argument("--steps", type=int, default=None, help="default 40")
-    parser.add_argument(
-        "--guidance", type=float, default=None, help="classifier-free guidance, 1 leaves it out (default 4)"
-    )
-    parser.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R", help="arXiv 2305.08891, 0 to 1")
-    parser.add_argument("--scheduler", choices=sorted(RULES), default=None, help="default: what the base asks for")
-    parser.add_argument("--size", type=_size, default=None, metavar="N or HxW", help="pixels (default: the base's)")
-    parser.add_argument("--long-prompt", action="store_true", help="encode long prompts in chunks, not cut")
+class OneScreen(argparse.HelpFormatter):
+    """Help with a line an option and no empty lines between groups."""
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--base", default="people", help="people (shipped), a diffusers folder, a checkpoint file or a hub id"
-    )
-    model.add_argument("--variant", default=None, help="files of the base to take, as in fp16")
-    model.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
-    model.add_argument("--tokenizer", default=None, help="folder of a tokenizer, for checkpoint files")
-    model.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="a LoRA; may be repeated")
-    model.add_argument("--controlnet", action="append", default=[], metavar="PATH", help="may be repeated")
-    model.add_argument("--adapter", action="append", default=[], metavar="PATH", help="a T2I-Adapter; may be repeated")
-    model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=140)
 
-    pictures = parser.add_argument_group("pictures to draw from")
-    pictures.add_argument(
-        "--condition", action="append", default=[], type=Path, metavar="IMAGE", help="one a ControlNet, then adapter"
-    )
-    pictures.add_argument(
-        "--control-scale", action="append", default=[], type=float, metavar="S", help="strength of each (default 1)"
-    )
-    pictures.add_argument("--init-image", type=Path, default=None, metavar="IMAGE", help="the picture to start from")
-    pictures.add_argument("--strength", type=float, default=None, help="share of the steps it goes through, 0 to 1")
-    pictures.add_argument("--mask", type=Path, default=None, metavar="IMAGE", help="white: draw anew")
+    def format_help(self) -> str:
+        """The help without the empty lines that separate groups."""
+        return re.sub(r"\n\n+(?=\S)", "\n", super().format_help())
 
-    skeleton = parser.add_argument_group("skeletons: HumanSD")
-    skeleton.add_argument(
-        "--system",
-        choices=["auto", "humansd", "facediffuser"],
-        default="auto",
-        help="what --base is (auto: as its channels say)",
-    )
-    skeleton.add_argument(
-        "--pose", type=Path, default=None, metavar="FILE", help="key points (.npz, .json), or a picture of a skeleton"
-    )
-    skeleton.add_argument("--pose-of", type=Path, default=None, metavar="PHOTO", help="the pose of those on a picture")
-    skeleton.add_argument(
-        "--pose-network",
-        default=None,
-        metavar="PATH",
-        help="what finds it: a HigherHRNet (a checkpoint of mmpose, a folder, people) in place of MediaPipe's networks",
-    )
-    skeleton.add_argument(
-        "--pose-size", type=_size, default=None, metavar="N or HxW", help="of the picture that key points belong to"
-    )
-    skeleton.add_argument(
-        "--compare-base", default=None, metavar="BASE", help="draw each --controlnet and --adapter beside it, on BASE"
-    )
-    skeleton.add_argument(
-        "--compat", choices=["reference"], default=None, help="the published run: 49 of 50 steps, guidance 10, prompts"
-    )
-
-    add_subject_options(parser)
-    machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--batch", type=int, default=16, help="images at once")
-    machine.add_argument("--mesh", type=_mesh, default=1, metavar="N|all", help="devices that share each batch")
-    machine.add_argument("--output", type=Path, default=Path("samples"), help="folder of the pictures")
-    add_debug(parser)
-    return parser
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`--flag VALUE`, the value once."""
+        if not action.option_strings:
+            return self._metavar_formatter(action, action.dest)(1)[0]
+        value = "" if action.nargs == 0 else f" {self._format_args(action, action.dest.upper())}"
+        return f"{', '.join(action.option_strings)}{value}"
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """What can be refused before anything is read."""
-    for name in ("number", "steps", "batch"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: at least 1")
-    _check_pose(options)
-    check_subject_options(options)
-    nets = len(options.controlnet) + len(options.adapter)
-    if len(options.condition) != (0 if options.compare_base else nets):
-        where = ", which --compare-base gives the pose" if options.compare_base else ""
-        raise ValueError(f"{nets} of --controlnet and --adapter{where}, but {len(options.condition)} of --condition")
-    if len(options.control_scale) > nets:
-        raise ValueError(f"{len(options.control_scale)} of --control-scale for {nets} of --controlnet and --adapter")
-    options.control_scale += [1.0] * (nets - len(options.control_scale))
-    if options.init_image is None:
-        for name in ("strength", "mask"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name} needs --init-image")
+def flag(name: str) -> str:
+    """A field's name as a command line writes it."""
+    return f"--{name.replace('_', '-')}"
 
 
-def _check_pose(options: argparse.Namespace) -> None:
-    posed = options.pose or options.pose_of
-    if options.pose and options.pose_of:
-        raise ValueError("--pose and --pose-of: give one of the two")
-    for name, needs in (("pose_size", options.pose), ("compat", posed), ("compare_base", posed)):
-        if getattr(options, name) and not needs:
-            raise ValueError(f"--{name.replace('_', '-')} needs --pose" + (" or --pose-of" if needs is posed else ""))
-    if options.pose_network and not options.pose_of:
-        raise ValueError("--pose-network needs --pose-of")
-    if options.system == "humansd" and not posed:
-        raise ValueError("--system humansd needs --pose or --pose-of")
-    if options.compare_base and not (options.controlnet or options.adapter):
-        raise ValueError("--compare-base needs --controlnet or --adapter")
+def add_options(parser: argparse.ArgumentParser, cls: Any) -> None:
+    """Adds an option for each field of a record, in groups by the class that declares it; defaults stay unset."""
+    groups: dict[type, Any] = {}
+    for field in fields_of(cls):
+        if field.owner not in groups:
+            groups[field.owner] = parser.add_argument_group(field.owner.TITLE)
+        group = groups[field.owner]
+        if field.name == POSITIONAL:
+            group.add_argument(POSITIONAL, nargs="*", metavar=POSITIONAL.upper(), help=field.sentence)
+        elif field.kind is bool:
+            group.add_argument(flag(field.name), action="store_true", default=None, help=field.sentence)
+        else:
+            group.add_argument(
+                flag(field.name),
+                action="append" if field.repeated else "store",
+                type=_reader(field),
+                choices=field.choices or None,
+                metavar=_metavar(field),
+                help=_help(field),
+            )
 
 
-def fill_in(options: argparse.Namespace) -> None:
-    """Defaults, which the published run has of its own."""
-    defaults = {"steps": 40, "guidance": 4.0}
-    if options.compat:
-        defaults = PUBLISHED
-        options.prompts = [f"{prompt}, {REFERENCE_ADDED}" for prompt in options.prompts]
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+def given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The values of a record's fields that a command line gives, for `drawing.options.make_options`."""
+    values: dict[str, Any] = {}
+    for field in fields_of(cls):
+        value = getattr(options, field.name, None)
+        if value is None or value == []:
+            continue
+        numbers = field.repeated and field.item in (int, float)  # "--seed 1,2 --seed 5" gives three
+        values[field.name] = tuple(number for part in value for number in part) if numbers else value
+    return values
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompts {path}: no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def flags_of(arguments: Sequence[str]) -> list[str]:
+    """The flags on a command line, each without its value."""
+    return [argument.split("=", 1)[0] for argument in arguments if re.match(r"--\w", argument)]
 
 
-def _size(text: str) -> Size:
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}: write 64 or 64x96 (height x width)")
-    return int(match[1]), int(match[2] or match[1])
+def worded(error: Exception) -> str:
+    """An error's message with fields spelled as flags."""
+    return error.worded(flag) if isinstance(error, OptionError) else str(error)
 
 
-def _numbers(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: write 7 or 7,8,21")
-    return [int(number) for number in text.split(",")]
+def _reader(field: Field) -> Callable[[str], Any]:
+    """Text -> a value of the field, or one of its items."""
+    kind = tuple[field.item, ...] if field.repeated and field.item in (int, float) else field.item
+
+    def read(text: str) -> Any:
+        try:
+            return field.form.read(text) if field.form else parse_value(text, kind)
+        except ConfigError:
+            shown = "7 or 7,8,21" if field.repeated else "a whole number" if field.item is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: write {shown}") from None
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
 
 
-def _mesh(text: str) -> int | None:
-    if text != "all" and not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: write a number of devices, or all")
-    return None if text == "all" else int(text)
+def _metavar(field: Field) -> str:
+    shown = {int: "N", float: "X", str: "NAME"}.get(field.item, "FILE")
+    return field.metavar or shown
+
+
+def _help(field: Field) -> str:
+    """The sentence with choices, default and range."""
+    notes = []
+    if field.choices:
+        notes.append(", ".join(field.choices))
+    if field.default not in (None, ()) and "default" not in field.sentence:
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        notes.append(f"default {default}")
+    if field.range is not None:
+        notes.append(str(field.range))
+    sentence, end = field.sentence, ")"
+    if notes and sentence.endswith(end):
+        sentence, notes = sentence[:-1], ["", *notes]
+        return f"{sentence}{'; '.join(notes)}{end}".replace("%", "%%")
+    return (f"{sentence} ({'; '.join(notes)})" if notes else sentence).replace("%", "%%")

@@ -1,199 +1,189 @@
-"""The command line of `sample.py`."""
+"""The command line of `sample.py`: options of the chosen system, then jobs, pictures and their files."""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
-from fairhuman_jax.bases.opening import open_system
-from fairhuman_jax.commands import USER_ERRORS, refuse
-from fairhuman_jax.data.preview import sheet
+from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse
+from fairhuman_jax.contract import Drawing, Job, Pipeline
 from fairhuman_jax.devices.kernels import choose_cpu_kernels, keep_compiled_programs, split_cpu
-from fairhuman_jax.devices.sharding import make_mesh
-from fairhuman_jax.diffusion import rule_of
-from fairhuman_jax.doors.options import check_options, fill_in, read_prompts, sample_parser
-from fairhuman_jax.drawing.pictures import Pictures, read_pictures
-from fairhuman_jax.drawing.pipeline import Job, Model, draw_jobs, stem
-from fairhuman_jax.drawing.requests import draw_images, make_request
-from fairhuman_jax.systems.facediffuser.pipeline import subject_jobs, subject_model
-from fairhuman_jax.weights import load_loras, tokens_cut
+from fairhuman_jax.doors.options import OneScreen, add_options, flag, flags_of, given, worded
+from fairhuman_jax.drawing.files import CONTACT_SHEET, left_to_draw, write_drawing, write_png
+from fairhuman_jax.drawing.options import make_options
+from fairhuman_jax.drawing.recipes import options_in, read_recipe
+from fairhuman_jax.fields import OptionError, fields_of
+from fairhuman_jax.systems.registry import PIPELINES, pipeline_class
+
+DEFAULT = "text"
 
 
 def sample_door(arguments: Sequence[str] | None = None) -> None:
-    """`sample.py [PROMPT ...] [--prompts FILE] [options]`."""
-    parser = sample_parser()
-    options = parser.parse_args(arguments)
+    """`sample.py [PROMPT ...] [--system NAME] [options of the system]`. Exit code 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = _first_parser()
+    start, _ = first.parse_known_args(arguments)
+    parser, options = first, start
     try:
-        check_options(options)
-        options.prompts += read_prompts(options.file) if options.file else []
-        fill_in(options)
-        if not options.prompts and not options.plan:
-            raise ValueError("nothing to draw: give a prompt, or --prompts FILE")
-        keep_compiled_programs()
-        if options.mesh is not None and options.mesh > 1:
-            split_cpu(options.mesh)
-        choose_cpu_kernels(options.dtype)
-        written = _sample(options)
+        recipe = read_recipe(start.like) if start.like else {}
+        name = _system(start.system or recipe.get("system"), arguments)
+        parser = _parser(name)
+        _refuse_foreign(arguments, name, parser)
+        options = parser.parse_args(arguments)
+        written = _sample(pipeline_class(name), options, recipe)
     except USER_ERRORS as error:
-        refuse(parser, error, options.debug)
+        refuse(parser, ValueError(worded(error)) if isinstance(error, OptionError) else error, start.debug)
     print("\n".join(map(str, written)))
 
 
-def _sample(options: argparse.Namespace) -> list[Path]:
-    """Draws and writes; returns the files."""
-    mesh = make_mesh(devices=_devices(options.mesh))
-    seeds = [seed + i for seed in options.seed for i in range(options.number)]
-    jobs = [Job(prompt, seed) for prompt in options.prompts for seed in seeds]
-    if options.system == "facediffuser":
-        jobs = subject_jobs(options, jobs)
-        if not jobs:
-            return []
-        images, written = draw_jobs(options, mesh, subject_model(options, jobs), jobs)
-        return written + _sheets(options, [images], jobs)
-    beside = bool(options.compare_base)
-    system, params = _open(options, options.base, *([], []) if beside else (options.controlnet, options.adapter))
-    if (options.system == "humansd" or beside) and not system.pipeline.reads_pose:
-        raise ValueError(
-            f"--base {options.base} is not HumanSD: its denoiser reads {system.pipeline.unet.in_channels} channels, "
-            f"HumanSD's reads {2 * system.pipeline.vae.config['latent_channels']}"
-        )
-    pictures = read_pictures(options, system)
-    if beside and pictures.openpose is None:
-        raise ValueError(f"--compare-base needs key points, but --pose {options.pose} is a drawn skeleton")
-    if not options.long_prompt:
-        _warn_of_cuts(options.prompts, system)
-    lora = load_loras([_path_and_weight(entry) for entry in options.lora], params) if options.lora else None
-    scales = [] if beside else options.control_scale
-    model = _model(options, (system, params), pictures, scales, scheduler=options.scheduler, lora=lora)
-    images, written = draw_jobs(options, mesh, model, jobs)
-    columns = [images]
-    for other in _others(options, pictures) if beside else ():
-        drawn, files = draw_jobs(options, mesh, other, jobs)
-        columns, written = [*columns, drawn], [*written, *files]
-    return written + _sheets(options, columns, jobs, pictures)
-
-
-def _model(
-    options: argparse.Namespace,
-    network: tuple[LatentDiffusion, Any],
-    pictures: Pictures,
-    scales: Sequence[float],
-    *,
-    scheduler: str | None,
-    name: str = "",
-    lora: Any = None,
-) -> Model:
-    """One pipeline and what it draws from."""
-    system, params = network
-    return Model(
-        name,
-        params,
-        pictures.size,
-        scheduler or rule_of(system.pipeline.schedule).name,
-        partial(_request, options, system, pictures, scales, scheduler),
-        partial(draw_images, system),
-        lora,
-    )
-
-
-def _open(
-    options: argparse.Namespace, base: str, controlnets: Sequence[str], adapters: Sequence[str]
-) -> tuple[LatentDiffusion, Any]:
-    """`open_system` with what the options say of files; --variant and so on are the main base's alone."""
-    of_base = ("variant", "revision", "tokenizer") if base == options.base else ()
-    files = {name: value for name in of_base if (value := vars(options)[name]) is not None}
-    return open_system(base, controlnets=controlnets, adapters=adapters, dtype=options.dtype, **files)
-
-
-def _others(options: argparse.Namespace, pictures: Pictures) -> Iterator[Model]:
-    """Each ControlNet and T2I-Adapter on the base of the comparison, with the same people in OpenPose's style."""
-    assert pictures.openpose is not None, "checked in `_sample`"
-    shown = Pictures(pictures.size, conditions=(pictures.openpose,))
-    nets = [(path, [path], []) for path in options.controlnet] + [(path, [], [path]) for path in options.adapter]
-    scheduler = "ddim" if options.compat else options.scheduler
-    for (path, controlnets, adapters), scale in zip(nets, options.control_scale, strict=True):
-        network = _open(options, options.compare_base, controlnets, adapters)
-        yield _model(options, network, shown, [scale], scheduler=scheduler, name=stem(path))
-
-
-def _sheets(
-    options: argparse.Namespace, columns: list[list[np.ndarray]], jobs: list[Job], pictures: Pictures | None = None
-) -> list[Path]:
-    """A contact sheet of several pictures; of a comparison a row a job: skeleton, HumanSD, each ControlNet, adapter."""
-    if len(jobs) == 1 and not options.compare_base:
+def _sample(pipeline: Any, options: argparse.Namespace, recipe: dict[str, Any]) -> list[Path]:
+    """Draws what a command line requests and returns the files."""
+    told = given(options, pipeline.Options)
+    record = make_options(pipeline.Options, options_in(recipe, pipeline.Options) | told)
+    jobs = pipeline.jobs(record)
+    keep_compiled_programs()
+    if getattr(record, "mesh", 1) not in (None, 1):
+        split_cpu(record.mesh)
+    choose_cpu_kernels(getattr(record, "dtype", "float32"))
+    left = left_to_draw(jobs, options.output)
+    if len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of {len(jobs)} pictures are in {options.output} already", file=sys.stderr)
+    if not left:
         return []
-    prompts, path = [job.prompt for job in jobs[: len(columns[0])]], options.output / "sheet.png"
-    if not options.compare_base:
-        sheet(np.stack(columns[0]), prompts).save(path)
-        return [path]
-    assert pictures is not None and pictures.pose is not None, "checked in `check_options`"
-    skeleton = pictures.pose / 127.5 - 1.0
-    rows = [image for row in zip(*columns, strict=True) for image in (skeleton, *row)]
-    names = ["HumanSD", *map(stem, [*options.controlnet, *options.adapter])]
-    titles = [title for prompt in prompts for title in (prompt, *names)]
-    sheet(np.stack(rows), titles, columns=1 + len(columns)).save(path)
-    return [path]
+    # A picture's pixels depend on the shape of its batch in the last bit, so a redraw fills the same place of one.
+    other = told.keys() & {"prompt", "prompts", "seed", "number", "batch"}
+    again = None if other else recipe.get("batch")
+    opened = pipeline.open(record)
+    with _warnings_in_a_line():
+        drawn = _redrawn(opened, left * int(again), recipe) if again else opened.draw(left, _Bar(len(left)))
+        return _write(opened, drawn, options.output)
 
 
-def _request(
-    options: argparse.Namespace,
-    system: LatentDiffusion,
-    pictures: Pictures,
-    scales: Sequence[float],
-    scheduler: str | None,
-    group: Sequence[Job],
-) -> Any:
-    return make_request(
-        system,
-        [job.prompt for job in group],
-        [job.seed for job in group],
-        steps=options.steps,
-        guidance=options.guidance,
-        rescale=options.guidance_rescale,
-        size=pictures.size,
-        negative=options.negative,
-        scheduler=scheduler,
-        strength=1.0 if options.strength is None else options.strength,
-        image=pictures.image,
-        mask=pictures.mask,
-        conditions=pictures.conditions,
-        scales=scales,
-        pose=pictures.pose,
-        pose_latent="sample" if options.compat else "mode",
-        long_prompts=options.long_prompt,
+def _redrawn(pipeline: Pipeline, jobs: Sequence[Job], recipe: dict[str, Any]) -> Iterator[Drawing]:
+    """The drawing in the place of a batch, and by the model, that a recipe names."""
+    drawings = [drawing for drawing in pipeline.draw(jobs) if drawing.label == recipe.get("label", "")]
+    yield drawings[int(recipe.get("place", 0))]
+
+
+def _write(pipeline: Pipeline, drawn: Iterator[Drawing], output: Path) -> list[Path]:
+    """Writes drawings as they come, and a contact sheet of several."""
+    drawings, written = [], []
+    for drawing in drawn:
+        drawings.append(drawing)
+        written += write_drawing(output, drawing)
+    sheet = pipeline.sheet(drawings)
+    return written if sheet is None else [*written, write_png(output / CONTACT_SHEET, sheet)]
+
+
+class _Bar:
+    """A progress bar of pictures that says what it waits for."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, unit="image")
+
+    def __call__(self, state: str, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.set_description(state)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Prints warnings of drawing as one line each, with flags in place of field names."""
+    from fairhuman_jax.drawing.pipeline import DrawingWarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, DrawingWarning):
+            print(str(message).replace("long_prompt", "--long-prompt"), file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DrawingWarning)
+        warnings.showwarning = show
+        yield
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def _first_parser() -> argparse.ArgumentParser:
+    """What decides which options there are."""
+    parser = argparse.ArgumentParser(prog="sample.py", add_help=False, allow_abbrev=False)
+    _add_choice(parser)
+    add_debug(parser)
+    return parser
+
+
+def _add_choice(parser: Any) -> None:
+    names = ", ".join(PIPELINES)
+    parser.add_argument("--system", metavar="NAME", help=f"{names} (default: the one whose options are given)")
+    parser.add_argument(
+        "--like", type=Path, metavar="PNG", help="draw the recipe of a picture again; options change it"
     )
 
 
-def _warn_of_cuts(prompts: Sequence[str], system: LatentDiffusion) -> None:
-    for tokenizer in system.pipeline.tokenizers:
-        for index, cut in tokens_cut(tokenizer, prompts).items():
-            print(
-                f"prompt {index + 1} is {cut} tokens too long for this model; its end is cut off (--long-prompt "
-                f"keeps it): {prompts[index]!r}",
-                file=sys.stderr,
+def _parser(name: str) -> argparse.ArgumentParser:
+    """The command line of one system."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        usage=f"sample.py PROMPT ... [--system {name}] [options]",
+        description="Draws prompts. PNGs carry their recipe; several pictures make a contact sheet too.",
+        formatter_class=OneScreen,
+        allow_abbrev=False,
+    )
+    own = parser.add_argument_group("system and output")
+    _add_choice(own)
+    own.add_argument(
+        "--output",
+        type=Path,
+        default=Path("samples"),
+        metavar="FOLDER",
+        help="folder of the pictures (default samples)",
+    )
+    add_debug(own)
+    add_options(parser, pipeline_class(name).Options)
+    return parser
+
+
+def _system(named: str | None, arguments: Sequence[str]) -> str:
+    """The named system, or the first one that has all options on the command line.
+
+    Raises: ValueError for a name that is not known.
+    """
+    if named == "auto":
+        print(f"--system auto is now --system {DEFAULT}", file=sys.stderr)
+        return DEFAULT
+    if named is not None:
+        pipeline_class(named)
+        return named
+    flags = set(flags_of(arguments))
+    for name in PIPELINES:
+        if flags <= _flags(name):
+            return name
+    return DEFAULT
+
+
+def _flags(name: str) -> set[str]:
+    """All flags of a system's command line."""
+    own = {"--system", "--like", "--output", "--debug", "--help"}
+    return own | {flag(field.name) for field in fields_of(pipeline_class(name).Options)}
+
+
+def _refuse_foreign(arguments: Sequence[str], name: str, parser: argparse.ArgumentParser) -> None:
+    """Refuses an option of another system by that system's name."""
+    for option in flags_of(arguments):
+        if option in _flags(name):
+            continue
+        owners = [other for other in PIPELINES if option in _flags(other)]
+        if owners:
+            raise ValueError(
+                f"{option} needs --system {' or '.join(owners)}; this is --system {name}, and it takes no {option}"
             )
-
-
-def _devices(mesh: int | None) -> list[Any]:
-    """The first `mesh` devices, all of them for None."""
-    devices = jax.devices()
-    if mesh is not None and mesh > len(devices):
-        raise ValueError(f"--mesh {mesh}: there are {len(devices)} devices")
-    return devices[:mesh]
-
-
-def _path_and_weight(entry: str) -> tuple[str, float]:
-    """PATH[:WEIGHT]; a path may hold colons itself."""
-    path, _, weight = entry.rpartition(":")
-    if path and re.fullmatch(r"[+-]?\d*\.?\d+", weight):
-        return path, float(weight)
-    return entry, 1.0

@@ -1,96 +1,88 @@
-"""The pictures that options of `sample.py` name: read, fitted to one size, skeletons drawn."""
+"""Pictures that options name: read, and fitted to one size."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from fairhuman_jax.annotate.detector import open_detector
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
 from fairhuman_jax.data.pictures import read_image, read_mask
-from fairhuman_jax.keypoints.drawing import draw_poses
-from fairhuman_jax.keypoints.poses import Pose, place_poses
-from fairhuman_jax.keypoints.readers import read_poses
-
-Size = tuple[int, int]
-KEY_POINTS = (".npz", ".json")
+from fairhuman_jax.drawing.options import Picture, Size
+from fairhuman_jax.fields import OptionError
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What the options name, as uint8 arrays of one size (height, width).
-
-    pose: the skeleton for HumanSD; openpose: the same people in the style that ControlNets and T2I-Adapters read.
-    """
+class Guides:
+    """Pictures to draw from, uint8 [H, W, 3] (mask [H, W, 1] in {0, 1}), all of one size (height, width)."""
 
     size: Size
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     conditions: tuple[np.ndarray, ...] = ()
-    pose: np.ndarray | None = None
-    openpose: np.ndarray | None = None
 
 
-def read_pictures(options: argparse.Namespace, system: LatentDiffusion) -> Pictures:
-    """Reads the pictures; without --size the first one gives it, rounded down to what the networks halve."""
-    image = read_image(options.init_image) if options.init_image else None
-    conditions = [read_image(path) for path in options.condition]
-    drawn = read_image(options.pose) if options.pose and options.pose.suffix.lower() not in KEY_POINTS else None
-    given = [picture.shape[:2] for picture in (image, *conditions, drawn) if picture is not None]
-    size = checked_size(options.size, given[0] if given else None, system)
-    mask = None
-    if options.mask and image is not None:
-        mask = read_mask(options.mask)
-        if mask.shape[:2] != image.shape[:2]:
-            raise ValueError(
-                f"--mask {options.mask} is {mask.shape[0]}x{mask.shape[1]}, but --init-image is "
-                f"{image.shape[0]}x{image.shape[1]}"
-            )
-        mask = _fitted(mask[..., 0], size, Image.Resampling.NEAREST)[..., None]
-    pose, openpose = (None, None) if drawn is None else (_fitted(drawn, size, Image.Resampling.NEAREST), None)
-    if drawn is None and (options.pose or options.pose_of):
-        people, found_in = _people(options)
-        placed = place_poses(people, size, found_in, compat=options.compat)
-        pose, openpose = draw_poses(placed, size, compat=options.compat), draw_poses(placed, size, "openpose")
-    return Pictures(
+def pixels_of(picture: Picture) -> np.ndarray:
+    """A file or a picture in memory as uint8 [H, W, 3]. Raises: BadSample for a file that is no readable picture."""
+    if isinstance(picture, np.ndarray):
+        return picture
+    return np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else read_image(picture)
+
+
+def read_guides(
+    system: LatentDiffusion,
+    asked: Size | None,
+    image: Picture | None = None,
+    mask: Picture | None = None,
+    conditions: tuple[Picture, ...] = (),
+    further: np.ndarray | None = None,
+) -> Guides:
+    """Reads and fits the pictures to the asked size, or to that of the first picture (`further` is the last of them).
+
+    Raises: BadSample for a file that is no readable picture; OptionError for a size that the networks cannot halve, or
+    a mask of another size than its image.
+    """
+    read = None if image is None else pixels_of(image)
+    shown = [pixels_of(condition) for condition in conditions]
+    given = [picture.shape[:2] for picture in (read, *shown, further) if picture is not None]
+    size = checked_size(asked, given[0] if given else None, system)
+    return Guides(
         size,
-        None if image is None else _fitted(image, size),
-        mask,
-        tuple(_fitted(condition, size) for condition in conditions),
-        pose,
-        openpose,
+        None if read is None else fitted(read, size),
+        None if mask is None or read is None else _mask(mask, read.shape[:2], size),
+        tuple(fitted(picture, size) for picture in shown),
     )
 
 
-def _people(options: argparse.Namespace) -> tuple[list[Pose], Size | None]:
-    """The people of a file of key points, or those that a detector finds on a photograph, and the size of the picture
-    that their points belong to, if it is known."""
-    points, photo, size = options.pose, options.pose_of, options.pose_size
-    if photo is None:
-        assert points is not None, "one of the two is given"
-        found = read_poses(points, size)
-        return list(found.poses), found.size or size
-    picture = read_image(photo)
-    people = open_detector(options.pose_network, compat=bool(options.compat)).detect(picture)
-    if not people:
-        raise ValueError(f"--pose-of {photo}: nobody is found on it; give key points by --pose")
-    return people, (picture.shape[0], picture.shape[1])
+def _mask(mask: Picture, wanted: tuple[int, ...], size: Size) -> np.ndarray:
+    """uint8 [H, W, 1] in {0, 1} of the given size, from a mask of the image's own size."""
+    if isinstance(mask, (np.ndarray, Image.Image)):
+        pixels = (np.asarray(Image.fromarray(np.asarray(mask)).convert("L")) >= 128).astype(np.uint8)
+    else:
+        pixels = read_mask(mask)[..., 0]
+    if pixels.shape != tuple(wanted):
+        raise OptionError(
+            "mask",
+            f"{{mask}} {mask} is {pixels.shape[0]}x{pixels.shape[1]}, but {{init_image}} is {wanted[0]}x{wanted[1]}",
+        )
+    return fitted(pixels, size, Image.Resampling.NEAREST)[..., None]
 
 
-def _fitted(pixels: np.ndarray, size: Size, method: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
-    """Resized, and cropped at the middle where the proportions differ."""
+def fitted(pixels: np.ndarray, size: Size, method: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+    """Resizes a picture, and crops it at the middle where the proportions differ."""
     return np.asarray(ImageOps.fit(Image.fromarray(pixels), (size[1], size[0]), method))
 
 
 def checked_size(asked: Size | None, given: Size | None, system: LatentDiffusion) -> Size:
-    """The asked size, that of the picture to draw from, or the base's own."""
+    """The asked size, that of the picture to draw from (rounded down to what the networks halve), or the base's own.
+
+    Raises: OptionError for an asked size that is no multiple of the autoencoder's factor.
+    """
     unet, factor = system.pipeline.unet, system.pipeline.vae.downscale
     if asked is not None:
         if asked[0] % factor or asked[1] % factor or min(asked) < factor:
-            raise ValueError(f"--size {asked[0]}x{asked[1]}: both sides must be multiples of {factor}")
+            raise OptionError("size", f"{{size}} {asked[0]}x{asked[1]}: both sides must be multiples of {factor}")
         return asked
     if given is not None:
         multiple = factor * 2 ** (len(unet.block_out_channels) - 1)

@@ -1,111 +1,145 @@
-"""Prompts and seeds to pictures on disk, batch by batch, whatever draws them."""
+"""Pipelines: from options to pictures, batch by batch, by one compiled program for each shape of request."""
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
-import re
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
-from fairhuman_jax.devices.sharding import replicate, shard_rows
-from fairhuman_jax.drawing.pictures import Size
+from fairhuman_jax.contract import Drawing, Job, Progress
+from fairhuman_jax.data.preview import overlay
+from fairhuman_jax.devices.sharding import make_mesh, replicate, shard_rows
+from fairhuman_jax.drawing.options import Options, Size, fixed_fields, make_options, prompts_of, seeds_of
+from fairhuman_jax.drawing.recipes import CHUNK, recipe_of
+from fairhuman_jax.fields import OptionError
 
 PyTree = Any
 SHEET = 256  # pictures that a contact sheet shows, the first ones
-# Of a picture's recipe.
-LEFT_OUT = ("prompts", "file", "plan", "number", "batch", "mesh", "output", "debug", "seed", "size")
 
 
-class Job(NamedTuple):
-    """A picture to draw: prompt, seed, the file's name where it is not to be made of these, and pictures of people."""
+class DrawingWarning(UserWarning):
+    """Something about a request that its author should know and that does not stop it."""
 
-    prompt: str
-    seed: int
-    name: str = ""
-    references: tuple[Path, ...] = ()
+
+class PipelineBase:
+    """What all pipelines share: calls from programs, jobs of prompts and seeds, contact sheets."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Options]]
+    options: Any
+
+    @classmethod
+    def jobs(cls, options: Any) -> list[Job]:
+        """One job a prompt and seed. Raises: OptionError when there is no prompt."""
+        options = options.resolved()
+        return [Job(prompt, seed, options) for prompt in prompts_of(options) for seed in seeds_of(options)]
+
+    @abstractmethod
+    def draw(self, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[Drawing]:
+        """See `contract.Pipeline`."""
+
+    def __call__(self, prompt: str | Sequence[str], **options: Any) -> Image.Image | list[Image.Image]:
+        """The picture of a prompt, or a list where prompts or seeds are several.
+
+        options: fields of `Options`, as in seed=3, steps=30, size=(64, 96); the others are those that the pipeline was
+        opened with. A picture's recipe is its `info["parameters"]`.
+        Raises: OptionError for an unknown option, a wrong value, or an option that is fixed once models are open.
+        """
+        if fixed := next((name for name in fixed_fields(self.Options) if name in options), None):
+            raise OptionError(fixed, f"{{{fixed}}} is fixed once a pipeline is open; open another one")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        record = make_options(self.Options, {"prompt": prompts, **options}, onto=self.options)
+        drawn = [_image(drawing) for drawing in self.draw(self.jobs(record))]
+        return drawn[0] if isinstance(prompt, str) and len(drawn) == 1 else drawn
+
+    def sheet(self, drawings: Sequence[Drawing]) -> Image.Image | None:
+        """The first `SHEET` pictures with their prompts; None for a single one."""
+        if len(drawings) < 2:
+            return None
+        shown = drawings[:SHEET]
+        return overlay({"image": np.stack([drawing.image for drawing in shown])}, [d.job.prompt for d in shown])
+
+
+def _image(drawing: Drawing) -> Image.Image:
+    image = Image.fromarray(drawing.image)
+    image.info[CHUNK] = json.dumps(drawing.recipe)
+    return image
 
 
 @dataclass(frozen=True)
-class Model:
-    """What draws: `program(params, request(jobs), key, lora) -> images [N, H, W, 3] in [-1, 1]`, and its parameters.
+class Prepared:
+    """What draws the jobs of one record of options.
 
-    `name` tells the files of several apart; `size` (height, width) and `scheduler` go into the recipe. `keep`, where
-    the program returns (images, more) instead, writes what `more` says of image number i beside its file.
+    `program(params, request(jobs), key, lora)` gives images [N, H, W, 3] in [-1, 1], or with `extras` a pair (images,
+    more): `extras(more, i)` are the further pictures of image i. size: (height, width); scheduler: the sampler's name.
     """
 
-    name: str
-    params: PyTree
     size: Size
     scheduler: str
     request: Callable[[Sequence[Job]], PyTree]
     program: Callable[[PyTree, PyTree, jax.Array, PyTree], PyTree]
-    lora: PyTree = None
-    keep: Callable[[PyTree, int, Path], Path] | None = None
+    extras: Callable[[PyTree, int], Mapping[str, np.ndarray]] | None = None
 
 
-def draw_jobs(
-    options: argparse.Namespace, mesh: Mesh, model: Model, jobs: Sequence[Job]
-) -> tuple[list[np.ndarray], list[Path]]:
-    """Draws and writes every job, in batches of --batch; returns the first SHEET images and all files.
+class BatchPipeline(PipelineBase):
+    """A pipeline whose programs draw a batch of jobs at once; parameters lie whole on every device of the mesh."""
 
-    The folder is made if need be.
-    """
-    options.output.mkdir(parents=True, exist_ok=True)
-    program = jax.jit(model.program)
-    width = min(options.batch, len(jobs))
-    width += -width % mesh.size
-    params, lora = replicate(mesh, (model.params, model.lora))
-    images: list[np.ndarray] = []
-    written: list[Path] = []
-    with tqdm(total=len(jobs), desc=f"drawing {model.name}".strip(), unit="image") as bar:
-        for first in range(0, len(jobs), width):
-            group = list(jobs[first : first + width])
-            # The last group is filled up, so that one compiled program serves all.
-            filled = group + [group[-1]] * (width - len(group))
-            drawn = program(params, shard_rows(mesh, model.request(filled), width), jax.random.key(0), lora)
-            drawn, more = drawn if model.keep else (drawn, None)
-            found = np.asarray(drawn)[: len(group)]
-            images.extend(found[: max(SHEET - len(images), 0)])
-            for i, job in enumerate(group):
-                written.append(_write(options, model, job, found[i]))
-                if model.keep:
-                    written.append(model.keep(more, i, written[-1]))
-            bar.update(len(group))
-    return images, written
+    def __init__(self, options: Any, mesh: Mesh, params: PyTree, lora: PyTree = None) -> None:
+        self.options, self.mesh = options, mesh
+        self.params, self.lora = replicate(mesh, (params, lora))
+        self._compiled: set[Any] = set()
 
+    @abstractmethod
+    def prepare(self, jobs: Sequence[Job]) -> Prepared:
+        """Reads what the jobs' record of options names, the same for all of them.
 
-def stem(text: str, fallback: str = "model") -> str:
-    """A name for files: letters and digits of the end of a path, or of a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or fallback
+        Raises: OptionError, ValueError and OSError for pictures that cannot be read or do not fit the models.
+        """
 
+    def draw(self, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[Drawing]:
+        """Draws the jobs in batches of `options.batch`; jobs of another record of options begin another batch."""
+        runs = [list(run) for _, run in itertools.groupby(jobs, key=lambda job: id(job.options))]
+        done = 0
+        for run, prepared in [(run, self.prepare(run)) for run in runs]:
+            width = min(run[0].options.batch, len(run))
+            width += -width % self.mesh.size
+            for first in range(0, len(run), width):
+                group = run[first : first + width]
+                # The last batch is filled up, so that one compiled program serves all.
+                request = shard_rows(self.mesh, prepared.request(group + [group[-1]] * (width - len(group))), width)
+                if progress and progress(self._state(prepared, request), done, len(jobs)) is False:
+                    return
+                drawn = prepared.program(self.params, request, jax.random.key(0), self.lora)
+                images, more = drawn if prepared.extras else (drawn, None)
+                pixels = np.rint((np.asarray(images)[: len(group)] + 1.0) * 127.5).astype(np.uint8)
+                for i, job in enumerate(group):
+                    place = {"scheduler": prepared.scheduler, "batch": width, "place": i}
+                    extras = prepared.extras(more, i) if prepared.extras else {}
+                    yield Drawing(job, pixels[i], recipe_of(self.name, job, prepared.size, **place), extras=extras)
+                done += len(group)
+        if progress:
+            progress("drawing", done, len(jobs))
 
-def _write(options: argparse.Namespace, model: Model, job: Job, image: np.ndarray) -> Path:
-    """One PNG, named by prompt and seed unless the job names it, with its recipe as text chunk `parameters` (JSON)."""
-    recipe = {name: _plain(value) for name, value in vars(options).items() if name not in LEFT_OUT}
-    height, width = model.size
-    recipe |= {"prompt": job.prompt, "seed": job.seed, "height": height, "width": width, "scheduler": model.scheduler}
-    if job.name:
-        recipe["reference"] = _plain(list(job.references))
-    metadata = PngInfo()
-    metadata.add_text("parameters", json.dumps(recipe))
-    made = "-".join(filter(None, (stem(job.prompt, "image"), str(job.seed), model.name)))
-    path = options.output / (job.name or f"{made}.png")
-    pixels = np.rint((image + 1.0) * 127.5).astype(np.uint8)
-    Image.fromarray(pixels).save(path, pnginfo=metadata)
-    return path
+    def _state(self, prepared: Prepared, request: PyTree) -> str:
+        """ "compiling" for a program's first request of a shape."""
+        leaves, structure = jax.tree.flatten(request)
+        shape = (id(prepared.program), structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        known = shape in self._compiled
+        self._compiled.add(shape)
+        return "drawing" if known else "compiling"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def mesh_of(options: Any) -> Mesh:
+    """A mesh of the first `options.mesh` devices, of all for None. Raises: OptionError when there are fewer."""
+    devices = jax.devices()
+    if options.mesh is not None and options.mesh > len(devices):
+        raise OptionError("mesh", f"{{mesh}} {options.mesh}: there are {len(devices)} devices")
+    return make_mesh(devices=devices[: options.mesh])
