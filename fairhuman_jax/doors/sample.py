@@ -14,7 +14,7 @@ from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse
 from fairhuman_jax.contract import Drawing, Job, Pipeline
 from fairhuman_jax.devices.kernels import choose_cpu_kernels, keep_compiled_programs, split_cpu
 from fairhuman_jax.doors.options import OneScreen, add_options, flag, flags_of, given, worded
-from fairhuman_jax.drawing.files import CONTACT_SHEET, left_to_draw, write_drawing, write_png
+from fairhuman_jax.drawing.files import CONTACT_SHEET, free_path, left_to_draw, write_drawing, write_png
 from fairhuman_jax.drawing.options import make_options
 from fairhuman_jax.drawing.recipes import options_in, read_recipe
 from fairhuman_jax.fields import OptionError, fields_of
@@ -77,7 +77,7 @@ def _write(pipeline: Pipeline, drawn: Iterator[Drawing], output: Path) -> list[P
         drawings.append(drawing)
         written += write_drawing(output, drawing)
     sheet = pipeline.sheet(drawings)
-    return written if sheet is None else [*written, write_png(output / CONTACT_SHEET, sheet)]
+    return written if sheet is None else [*written, write_png(free_path(output / CONTACT_SHEET), sheet)]
 
 
 class _Bar:

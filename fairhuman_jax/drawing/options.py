@@ -137,7 +137,7 @@ def make_options(cls: type[Record], values: dict[str, Any], onto: Record | None 
 
 def fixed_fields(cls: type[Options]) -> list[str]:
     """Names of the options that say what is opened."""
-    return [field.name for field in fields_of(cls) if issubclass(field.owner, Opened)]
+    return [field.name for field in fields_of(cls) if Opened in field.owner.__bases__]
 
 
 def read_prompts(path: Path) -> list[str]:
