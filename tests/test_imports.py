@@ -14,7 +14,7 @@ import fairhuman_jax
 ROOT = Path(fairhuman_jax.__file__).parent
 # The rooms of the package from the ground up; a room may import itself, its neighbours in a row and the rows below.
 ROOMS = (
-    ("commands", "config", "contract", "fields", "files", "packages", "resizing"),
+    ("commands", "config", "contract", "fields", "files", "kept", "lazy", "packages", "resizing"),
     ("devices", "diffusion", "losses", "models"),
     ("weights",),
     ("keypoints",),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 import torch
 from flax.traverse_util import unflatten_dict
 
-from fairhuman_jax.weights import expected_params
+from fairhuman_jax.weights import expected_params, save_tokenizer
 from fairhuman_jax.weights.keys import canonical_names, leaves
 
 TOLERANCE = 2e-4  # of the standard deviation of the output
@@ -56,3 +58,12 @@ def assert_parity(found, expected: torch.Tensor) -> None:
     assert 0.05 < scale < 20.0
     assert found.shape == wanted.shape
     assert np.abs(np.asarray(found) - wanted).max() <= TOLERANCE * scale
+
+
+def transformers_tokenizer(tokenizer):
+    """The same tokenizer as transformers has it."""
+    from transformers import CLIPTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, folder)
+        return CLIPTokenizer.from_pretrained(folder)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
-import jax
 from jax.sharding import Mesh
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
 from fairhuman_jax.bases.opening import open_system
 from fairhuman_jax.contract import Job
+from fairhuman_jax.devices.programs import KeptProgram
 from fairhuman_jax.diffusion import rule_of
 from fairhuman_jax.drawing.options import BaseModel, Opened, Options, Picture, Request, Sampling, path_and_weight
 from fairhuman_jax.drawing.pictures import Guides, read_guides
@@ -96,7 +96,7 @@ class TextPipeline(BatchPipeline):
 
     def __init__(self, options: Any, mesh: Mesh, system: LatentDiffusion, params: PyTree, lora: PyTree = None) -> None:
         super().__init__(options, mesh, params, lora)
-        self.system, self._program = system, jax.jit(partial(draw_images, system))
+        self.system, self._program = system, KeptProgram(partial(draw_images, system))
 
     @classmethod
     def open(cls, options: Any) -> TextPipeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fairhuman_jax.files import write_json
+from fairhuman_jax.kept import Undescribed, describe, kept
 from fairhuman_jax.models import (
     AutoencoderKL,
     CLIPText,
@@ -71,10 +73,30 @@ def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp
 def expected_params(module: nn.Module) -> PyTree:
     """Shapes and dtypes of a network's parameters, without computing any.
 
-    Of one with batch norms {"params", "batch_stats"}: its running statistics are loaded and saved with them.
+    Of one with batch norms {"params", "batch_stats"}: its running statistics are loaded and saved with them. Tracing
+    the initialisation takes seconds, so the shapes are kept in the user's cache folder.
     """
+    try:
+        content = kept("shapes", describe(module), lambda: _shapes_to_json(_traced_params(module)))
+        return _shapes_from_json(content)
+    except (Undescribed, ValueError):
+        return _traced_params(module)
+
+
+def _traced_params(module: nn.Module) -> PyTree:
     variables = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())
     return dict(variables) if "batch_stats" in variables else variables["params"]
+
+
+def _shapes_to_json(params: PyTree) -> bytes:
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+    rows = [[path, leaf.shape, str(leaf.dtype)] for path, leaf in flat.items()]
+    return json.dumps(rows).encode()
+
+
+def _shapes_from_json(content: bytes) -> PyTree:
+    rows = json.loads(content)
+    return unflatten_dict({tuple(path): jax.ShapeDtypeStruct(tuple(shape), dtype) for path, shape, dtype in rows})
 
 
 def class_name(config: dict[str, Any], folder: Path) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.files import write_json
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
+from fairhuman_jax.weights.clip_tokenizer import CLIPTokenizer
 from fairhuman_jax.weights.diffusers import save_model
 from fairhuman_jax.weights.tokenizers import save_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 PyTree = Any
 

@@ -10,20 +10,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fairhuman_jax.files import replacing, write_json
+from fairhuman_jax.weights.clip_tokenizer import END, END_OF_WORD, START, CLIPTokenizer, Merge
 
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
-
-START, END = "<|startoftext|>", "<|endoftext|>"
-END_OF_WORD = "</w>"
 LONGEST_PROMPT = 1 << 20  # transformers means "no limit" by any larger model_max_length
 MARKER = "<|image|>"
-Merge = tuple[str, str]
 
 
 class SubjectTokens(NamedTuple):
@@ -44,13 +39,11 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
 
     Errors: no such folder or files; a tokenizer without a length limit, which would truncate nothing.
     """
-    from transformers import CLIPTokenizer  # slow to import, and only text needs it
-
     folder = Path(folder)
     pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     if not pair and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: a CLIP tokenizer folder holds vocab.json and merges.txt, or tokenizer.json")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+    tokenizer = CLIPTokenizer.from_folder(folder)
     if tokenizer.model_max_length > LONGEST_PROMPT:
         raise ValueError(f"{folder}/tokenizer_config.json must state model_max_length (77 for Stable Diffusion)")
     return tokenizer
@@ -58,11 +51,7 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, which transformers 4 and 5 both load."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges: list[Any] = [
-        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
-    ]
-    _write(Path(folder), tokenizer.get_vocab(), merges, tokenizer.model_max_length, str(tokenizer.pad_token))
+    _write(Path(folder), tokenizer.get_vocab(), tokenizer.merges, tokenizer.model_max_length, tokenizer.pad_token)
 
 
 def build_small_clip_tokenizer(
@@ -75,16 +64,13 @@ def build_small_clip_tokenizer(
     merged in order of frequency, so the same captions give the same files.
     Source: byte-pair encoding, Sennrich et al. 2016, with words instead of counted pairs choosing the merges.
     """
-    from transformers import CLIPTokenizer
-
     alphabet = byte_alphabet()
     units = [*alphabet, *(char + END_OF_WORD for char in alphabet)]
     vocabulary = {token: i for i, token in enumerate([*units, START, END])}
-    splitter = CLIPTokenizer(vocab=vocabulary, merges=[]).backend_tokenizer
+    splitter = CLIPTokenizer(vocabulary, [])
     counts: Counter[str] = Counter()
     for caption in captions:
-        text = splitter.normalizer.normalize_str(caption)
-        counts.update(word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text))
+        counts.update(splitter.words(caption))
     ranks: dict[Merge, int] = {}
     for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         _merge_whole(word, ranks)
@@ -175,12 +161,12 @@ def tokenize_chunks(tokenizer: CLIPTokenizer, captions: Sequence[str], chunks: i
 
 def _inner_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[list[int]]:
     """Ids of each caption's words, without start and end."""
-    return tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(list(captions), add_special_tokens=False)["input_ids"]
 
 
 def tokens_cut(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> dict[int, int]:
     """Which captions are too long: index -> number of tokens that `tokenize` drops from the end."""
-    lengths = (len(ids) for ids in tokenizer(list(captions), verbose=False)["input_ids"])
+    lengths = (len(ids) for ids in tokenizer(list(captions))["input_ids"])
     limit = tokenizer.model_max_length
     return {i: length - limit for i, length in enumerate(lengths) if length > limit}
 

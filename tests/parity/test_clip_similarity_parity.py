@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_models import CAPTIONS, TOKENS, tiny_tokenizer
+from torch_twins import transformers_tokenizer
 
 from fairhuman_jax.evaluate.__main__ import main
 from fairhuman_jax.evaluate.clip_similarity import clip_pixels, clip_similarities, load_clip
@@ -67,7 +68,8 @@ def test_pictures_are_prepared_alike():
 def test_similarities(model, folder):
     """Three pairs in batches of two; the last caption is cut at the limit; negative cosines become 0."""
     captions = [CAPTIONS[0], CAPTIONS[1], LONG]
-    tokens = tiny_tokenizer()(captions, padding="max_length", truncation=True, return_tensors="pt")
+    tokenizer = transformers_tokenizer(tiny_tokenizer())
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     with torch.no_grad():
         cosines = model(input_ids=tokens["input_ids"], pixel_values=processed(pictures())).logits_per_image.diag()
         cosines = (cosines / model.logit_scale.exp()).numpy()

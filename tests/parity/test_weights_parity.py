@@ -24,6 +24,8 @@ from fairhuman_jax.weights import (
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from torch_twins import transformers_tokenizer  # noqa: E402
+
 UNET = {
     "block_out_channels": [8, 16],
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -160,7 +162,8 @@ def torch_pipeline_of(kind, tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pipeline_through_here_is_the_same_bit_for_bit(kind, pipeline, tmp_path):
-    theirs = torch_pipeline_of(kind, pipeline.tokenizers[0]).to(torch.float16 if kind == "XL" else torch.float32)
+    tokenizer = transformers_tokenizer(pipeline.tokenizers[0])
+    theirs = torch_pipeline_of(kind, tokenizer).to(torch.float16 if kind == "XL" else torch.float32)
     theirs.save_pretrained(tmp_path / "theirs", variant="fp16" if kind == "XL" else None)
     loaded = load_pipeline(tmp_path / "theirs", variant="fp16" if kind == "XL" else None, host=True)
     save_pipeline(loaded, tmp_path / "ours")

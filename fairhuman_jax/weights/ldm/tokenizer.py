@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from fairhuman_jax.weights.clip_tokenizer import END, END_OF_WORD, START, CLIPTokenizer
 from fairhuman_jax.weights.shipped import shipped
-from fairhuman_jax.weights.tokenizers import END, END_OF_WORD, START, byte_alphabet, load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+from fairhuman_jax.weights.tokenizers import byte_alphabet, load_tokenizer
 
 TABLE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 48894
@@ -32,11 +28,9 @@ def clip_tokenizer(source: str | Path | None = None, *, pad: str = CLIP_PAD) -> 
         return tokenizer_from_table(path, pad=pad)
     inner = path / "tokenizer"
     tokenizer = load_tokenizer(inner if inner.is_dir() else path)
-    if str(tokenizer.pad_token) == pad:
+    if tokenizer.pad_token == pad:
         return tokenizer
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    return _tokenizer(tokenizer.get_vocab(), merges, tokenizer.model_max_length, pad)
+    return CLIPTokenizer(tokenizer.get_vocab(), tokenizer.merges, tokenizer.model_max_length, {"pad_token": pad})
 
 
 def tokenizer_from_table(path: Path, *, pad: str = CLIP_PAD) -> CLIPTokenizer:
@@ -48,16 +42,11 @@ def tokenizer_from_table(path: Path, *, pad: str = CLIP_PAD) -> CLIPTokenizer:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not CLIP's table of merges, {TABLE} ({error})") from error
-    merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
-    if len(merges) != MERGES or any(len(merge) != 2 for merge in merges):
+    pairs = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
+    merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+    if not len(merges) == len(pairs) == MERGES:
         raise ValueError(f"{path} is not CLIP's table of {MERGES} merges, {TABLE}")
     alphabet = byte_alphabet()
     units = [*alphabet, *(char + END_OF_WORD for char in alphabet)]
     tokens = [*units, *("".join(merge) for merge in merges), START, END]
-    return _tokenizer({token: i for i, token in enumerate(tokens)}, merges, LENGTH, pad)
-
-
-def _tokenizer(vocabulary: dict[str, int], merges: list[Any], length: int, pad: str) -> CLIPTokenizer:
-    from transformers import CLIPTokenizer  # slow to import, and only text needs it
-
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length, pad_token=pad)
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, LENGTH, {"pad_token": pad})
