@@ -39,7 +39,7 @@ class KeptProgram:
         """Runs the program of arguments with these shapes, dtypes and static fields."""
         leaves, structure = jax.tree.flatten(arguments)
         devices = {device for leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
-        if self._description is None or len(devices) != 1 or not jax.config.jax_compilation_cache_dir:
+        if self._description is None or len(devices) != 1 or not jax.config.values["jax_compilation_cache_dir"]:
             return self._jitted(*arguments)
         key = (
             structure,
