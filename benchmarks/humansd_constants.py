@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
-from fairhuman_jax.bases.opening import open_pipeline
+from fairhuman_jax.bases.opening import open_base
 from fairhuman_jax.losses import heatmap_weight
 
 JOINTS = 17
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("base", nargs="?", default="people", help="people (shipped), a folder, a file or a hub id")
     parser.add_argument("--size", type=int, default=None, help="pixels a side (default: the autoencoder's own)")
     options = parser.parse_args()
-    system = LatentDiffusion(open_pipeline(options.base))
+    system = LatentDiffusion(open_base(options.base))
     side = options.size or system.pipeline.vae.config["sample_size"]
     found = constants(system, side)
     print(f"{options.base}, {side} pixels, s = {system.pipeline.vae.scaling_factor}")

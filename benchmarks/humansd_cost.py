@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fairhuman_jax.bases.opening import open_pipeline
+from fairhuman_jax.bases.opening import open_base
+from fairhuman_jax.contract import Parts, WholePhase
 from fairhuman_jax.models import HigherHRNet, presets
 from fairhuman_jax.systems.humansd.system import HumanSD, HumanSDConfig
 from fairhuman_jax.training.objectives import linearise
@@ -33,7 +34,7 @@ RUNS = {ENCODE: (3, 2, 3), DECODE: (1, 1, 2), POSE: (1, 1, 1), TEXT: (1, 1, 1)}
 
 def system_of_shapes(remat: str, loss: str) -> HumanSD:
     """HumanSD at full size with shapes for parameters."""
-    base = open_pipeline(BASE, shapes_only=True, remat=remat)
+    base = open_base(BASE, shapes_only=True, remat=remat)
     system = HumanSDConfig(pose_latent="sample", remat=remat).attach(base)
     network = HigherHRNet.from_config(presets.HIGHER_HRNET_W48)
     config = dataclasses.replace(system.config, loss=loss, pose_network="shapes")
@@ -80,7 +81,7 @@ def step(system: HumanSD, count: int, side: int) -> int:
     frozen["pose_network"] = system.pose_variables
 
     def gradient(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        return linearise(system, trainable, frozen, batch, key).pull_all()
+        return linearise(WholePhase(system=system), Parts(trainable, {}, frozen), batch, key).pull_all()
 
     return cost(gradient, {"unet": params["unet"]}, frozen, batch_of_shapes(system, count, side), key)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from fairhuman_jax.systems.facediffuser.fusion import (
     FaceDiffuser,
     StagedRequest,
     draw_delayed,
+    draw_staged,
     make_staged_request,
     open_staged,
 )
@@ -209,7 +211,7 @@ def errors(subject: str) -> dict[str, float]:
 
 def programs(system: FaceDiffuser, steps: int) -> dict[str, tuple[Any, dict[str, int]]]:
     """What is compared: (program, rows at which its stages end)."""
-    staged = jax.jit(system.sample_staged)
+    staged = jax.jit(partial(draw_staged, system))
     return {
         "TDM": (staged, {"start_merge_step": steps, "final_step": steps}),
         "SDM": (jax.jit(functools.partial(draw_delayed, system)), {}),

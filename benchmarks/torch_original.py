@@ -31,7 +31,7 @@ from peft import LoraConfig
 from scipy.optimize import least_squares
 from torch.nn import functional
 
-from fairhuman_jax.bases.opening import open_pipeline
+from fairhuman_jax.bases.opening import open_base
 from fairhuman_jax.devices.kernels import choose_cpu_kernels
 from fairhuman_jax.devices.sharding import make_mesh
 from fairhuman_jax.systems.fairhuman.system import FairHuman, FairHumanConfig
@@ -92,7 +92,7 @@ class TorchTrainer:
         self.spread = torch.exp(0.5 * nchw("latent_logvar"))
         self.masks = [functional.avg_pool2d(nchw(name), 4).ge(0.25).float() for name in ("face_mask", "hand_mask")]
         self.text = torch.from_numpy(batch["text_hidden"])
-        alphas = open_pipeline("people", shapes_only=True).schedule.alphas_cumprod
+        alphas = open_base("people", shapes_only=True).schedule.alphas_cumprod
         self.alphas = torch.from_numpy(np.array(alphas)).float()
         self.random = torch.Generator().manual_seed(0)
 
@@ -158,7 +158,7 @@ def host_weights(gram: np.ndarray) -> np.ndarray:
 def our_step(trainable: str, rank: int, batch: Arrays, *, fair: str | None, remat: str = "none") -> Callable[[], None]:
     """One call is one step of the trainer, by the given way to pull back; None for the global objective alone."""
     part = ControlNetTrainable() if trainable == "controlnet" else LoraTrainable(rank=rank)
-    pipeline = open_pipeline("people", remat=remat)
+    pipeline = open_base("people", remat=remat)
     system = FairHumanConfig(trainable=part).attach(pipeline, FairHuman if fair else Plain)
     config = FairConfig(gradients=fair or "stacked")
     optimizer = make_optimizer(OptimizerConfig(learning_rate=RATE, weight_decay=DECAY), steps=100)

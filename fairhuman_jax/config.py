@@ -20,8 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fairhuman_jax.fields import fields_of
+
 C = TypeVar("C")
 _TYPE = "type"
+SHOWN = 24  # characters of a value up to which notes stay aligned
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -32,7 +35,7 @@ class ConfigError(ValueError):
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Any:
     """The configuration of a Python file, with `overrides` ("a.b=c") applied in order.
 
-    Raises ConfigError: no such file, neither `config()` nor `CONFIG` in it, unknown key, wrong type.
+    Raises: ConfigError when there is no such file, neither `config()` nor `CONFIG` in it, an unknown key, a wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -196,7 +199,7 @@ def to_json(config: Any) -> str:
 def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
     """The configuration that `to_dict` wrote; classes are the field types of `cls` and their subclasses.
 
-    Raises ConfigError: unknown key, unknown class, wrong type.
+    Raises: ConfigError for an unknown key, an unknown class or a wrong type.
     """
     return _decode(values, cls, cls.__name__)
 
@@ -281,24 +284,39 @@ def _classes(hint: Any) -> Iterator[type]:
             yield from _classes(child)
 
 
+def differences(first: Any, second: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in the first, value in the second) of each leaf where two results of `to_dict` differ.
+
+    A key that one of them lacks has the value None there, so a field that is new at its default None is no difference.
+    """
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for name in dict.fromkeys((*first, *second)):
+            yield from differences(first.get(name), second.get(name), f"{key}.{name}".lstrip("."))
+    elif first != second:
+        yield key, first, second
+
+
 # -- showing -------------------------------------------------------------------------------------------------
 
 
 def describe(config: Any) -> str:
-    """One aligned line a value, keys as `--set` takes them."""
+    """One aligned line a value, keys as `--set` takes them, each with what its field says."""
     rows = list(_leaves(config, ""))
-    width = max((len(key) for key, _ in rows), default=0)
-    return "\n".join([type(config).__name__, *(f"  {key:<{width}} = {value}" for key, value in rows)])
+    width = max((len(key) for key, *_ in rows), default=0)
+    values = max((len(value) for _, value, _ in rows if len(value) <= SHOWN), default=0)
+    lines = [f"  {key:<{width}} = {value:<{values}}  {note and '# ' + note}".rstrip() for key, value, note in rows]
+    return "\n".join([type(config).__name__, *lines])
 
 
-def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
+def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
+    notes = {field.name: field.sentence for field in fields_of(type(config))}
     for name in _hints(type(config)):
         value = getattr(config, name)
         if _is_config(value):
-            yield f"{prefix}{name}", type(value).__name__
+            yield f"{prefix}{name}", type(value).__name__, notes[name]
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", repr(value)
+            yield f"{prefix}{name}", repr(value), notes[name]
 
 
 def _is_config(value: Any) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from fairhuman_jax.contract import Parts, WholePhase
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
 from fairhuman_jax.systems.fairhuman.system import FairHuman, FairHumanConfig
@@ -217,7 +218,11 @@ def tiny_gradients():
     """(gradients, losses) of three objectives for `random_batch()` at `trained_lora`, with the key of a first step."""
     system = fairhuman()
     key = jax.random.fold_in(jax.random.key(5), 0)
-    step = quick_jit(lambda tree, batch: task_gradients(system, tree, system.pipeline.params, batch, key))
+    step = quick_jit(
+        lambda tree, batch: task_gradients(
+            WholePhase(system=system), Parts(tree, {}, system.pipeline.params), batch, key
+        )
+    )
     return step(trained_lora(system), random_batch())
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tiny_models import SIZE, write_folder
 
-from fairhuman_jax.contract import sample_keys
+from fairhuman_jax.contract import System, SystemConfig, sample_keys
 from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 from fairhuman_jax.training.state import OptimizerConfig
 
@@ -29,17 +29,17 @@ CODE = "from fairhuman_jax.doors import train_door; train_door()"
 
 
 @dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(SystemConfig):
     """`broken`: no loss is finite."""
 
     broken: bool = False
 
-    def build(self) -> Dense:
+    def build(self, shapes: bool = False) -> Dense:
         return Dense(self)
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(System):
     """Predicts noise, and the share of faces, from a flattened picture."""
 
     config: DenseConfig
@@ -62,22 +62,19 @@ class Dense:
         noise = jax.random.normal(key, (len(request), SIZE, SIZE, 3))
         return jnp.tanh(noise + self.layer.apply(trainable, request).mean())
 
-    def tokenize(self, captions):
-        return {}
-
     def preview(self, config, held_out):
         return jnp.ones((2, PIXELS)), ["", ""]
 
-    def export(self, trainable, frozen, folder, held_out):
+    def export(self, parts, folder, held_out):
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "dense.npz", **trainable["params"])
+        np.savez(folder / "dense.npz", **parts.trainable["params"])
         return folder
 
 
 def run_config(data: str, output: str) -> RunConfig:
     """Random crops and flips, noise, a decaying rate and a moving average: all that a resumed run must find again."""
     return RunConfig(
-        system=DenseConfig(),  # type: ignore[arg-type]
+        system=DenseConfig(),
         output=output,
         data=DataConfig(folder=data, resolution=SIZE, crop="random", flip=0.5, held_out=2),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=5),

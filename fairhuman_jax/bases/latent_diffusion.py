@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.bases.conditioning import Conditioning
-from fairhuman_jax.contract import Batch, sample_keys
+from fairhuman_jax.contract import Batch, Shapes, System, sample_keys
 from fairhuman_jax.diffusion import add_noise, sample_timesteps, target
 from fairhuman_jax.models import ControlNet, T2IAdapter
 from fairhuman_jax.models.vae_tiling import tiled_decode
@@ -32,7 +33,7 @@ class Noised(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class LatentDiffusion:
+class LatentDiffusion(System):
     """A pipeline's networks with the functions that training and sampling on it have in common.
 
     Networks and schedule are static; parameters travel as the argument `params`, by network: those of
@@ -40,9 +41,20 @@ class LatentDiffusion:
     `lora` trees go by the same names.
     """
 
+    encodes: ClassVar[tuple[str, ...]] = ("image", "text")
+
     pipeline: Pipeline
     controlnets: tuple[ControlNet, ...] = field(default=(), kw_only=True)
     adapters: tuple[T2IAdapter, ...] = field(default=(), kw_only=True)
+
+    @property
+    def opened(self) -> Params:
+        """The pipeline's parameters."""
+        return self.pipeline.params
+
+    def with_opened(self, params: Params) -> LatentDiffusion:
+        """The system around the pipeline with other parameters."""
+        return dataclasses.replace(self, pipeline=dataclasses.replace(self.pipeline, params=params))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of a picture."""
@@ -62,6 +74,26 @@ class LatentDiffusion:
             else:
                 ids[name] = tokenize_chunks(tokenizer, list(captions), chunks)
         return ids
+
+    def reads(self, offered: Shapes, *, latents: bool = False, text: bool = False) -> Shapes:
+        """Pictures or their latents, control images where a network reads them, token ids or text embeddings."""
+        shapes, image = dict(offered), offered["image"]
+        count, height, width = image.shape[:3]
+        if self.controlnets or self.adapters or self.pipeline.reads_pose:
+            shapes["conditioning_image"] = image
+        if latents:
+            del shapes["image"]
+            latent = jax.ShapeDtypeStruct((count, *self.latent_shape(height, width)), jnp.float16)
+            shapes |= {"latent_mean": latent, "latent_logvar": latent}
+        ids = {}
+        for i, encoder in enumerate(self.pipeline.text_encoders):
+            length = encoder.to_config()["max_position_embeddings"]
+            ids[numbered("input_ids", i)] = jax.ShapeDtypeStruct((count, length), jnp.int32)
+        if not text:
+            return shapes | ids
+        hidden, pooled = jax.eval_shape(self.encode_text, self.pipeline.params, ids)
+        half = {"text_hidden": hidden.shape, "text_pooled": pooled.shape}
+        return shapes | {name: jax.ShapeDtypeStruct(shape, jnp.float16) for name, shape in half.items()}
 
     def chunks(self, captions: Sequence[str]) -> int:
         """The number of chunks that hold the longest caption."""

@@ -18,14 +18,15 @@ from fairhuman_jax.weights.shipped import PEOPLE, or_shipped
 PyTree = Any
 
 
-def open_pipeline(base: str, *, dtype: str = "float32", shapes_only: bool = False, **options: Any) -> Pipeline:
-    """The pipeline that `base` names: one that ships with the package ("people"), or what `load_pipeline` reads.
+def open_base(base: str, *, dtype: str = "float32", shapes: bool = False, **options: Any) -> Pipeline:
+    """The pipeline that `base` names: one that ships with the package ("people"), or one that `load_pipeline` reads.
 
-    `dtype` is that of frozen parameters and computation; `options` go to `load_pipeline` (variant, revision,
-    tokenizer, and remat, attention, scan for the networks). With `shapes_only` parameters are shapes, tokenizers are
-    left out, and the published models are known without their files (weights.shapes).
+    dtype: of frozen parameters and computation; options: those of `load_pipeline` (variant, revision, tokenizer, and
+    remat, attention, scan for the networks). With `shapes` parameters are shapes, tokenizers are left out, and the
+    published models are known without their files (weights.shapes).
+    Raises: FileNotFoundError when there is no such base; ValueError for files that cannot be read.
     """
-    read = pipeline_shapes if shapes_only else load_pipeline
+    read = pipeline_shapes if shapes else load_pipeline
     try:
         return read(str(or_shipped(base, "people-base")), dtype=dtype, **options)
     except FileNotFoundError as error:
@@ -44,7 +45,7 @@ def open_system(
 
     Errors: those of loading; a ControlNet or adapter that was made for another base.
     """
-    pipeline = open_pipeline(base, dtype=dtype, **options)
+    pipeline = open_base(base, dtype=dtype, **options)
     params = dict(pipeline.params)
     nets: dict[str, list[Any]] = {"controlnet": [], "adapter": []}
     for kind, paths, network in (("controlnet", controlnets, ControlNet), ("adapter", adapters, T2IAdapter)):

@@ -18,7 +18,7 @@ from fairhuman_jax.drawing.files import CONTACT_SHEET, free_path, left_to_draw, 
 from fairhuman_jax.drawing.options import make_options
 from fairhuman_jax.drawing.recipes import options_in, read_recipe
 from fairhuman_jax.fields import OptionError, fields_of
-from fairhuman_jax.systems.registry import PIPELINES, pipeline_class
+from fairhuman_jax.systems.registry import PIPELINES, drawn_by_run, pipeline_class
 
 DEFAULT = "text"
 
@@ -31,20 +31,22 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
     parser, options = first, start
     try:
         recipe = read_recipe(start.like) if start.like else {}
-        name = _system(start.system or recipe.get("system"), arguments)
+        trained = drawn_by_run(start.run) if start.run else {}
+        name = _system(start.system or trained.get("system") or recipe.get("system"), arguments)
         parser = _parser(name)
         _refuse_foreign(arguments, name, parser)
         options = parser.parse_args(arguments)
-        written = _sample(pipeline_class(name), options, recipe)
+        written = _sample(pipeline_class(name), options, recipe, trained)
     except USER_ERRORS as error:
         refuse(parser, ValueError(worded(error)) if isinstance(error, OptionError) else error, start.debug)
     print("\n".join(map(str, written)))
 
 
-def _sample(pipeline: Any, options: argparse.Namespace, recipe: dict[str, Any]) -> list[Path]:
-    """Draws what a command line requests and returns the files."""
+def _sample(pipeline: Any, options: argparse.Namespace, recipe: dict[str, Any], trained: dict[str, Any]) -> list[Path]:
+    """Draws what a command line requests and returns the files; recipe and trained are options that it refers to."""
     told = given(options, pipeline.Options)
-    record = make_options(pipeline.Options, options_in(recipe, pipeline.Options) | told)
+    models = {name: value for name, value in trained.items() if name != "system"}
+    record = make_options(pipeline.Options, options_in(recipe, pipeline.Options) | models | told)
     jobs = pipeline.jobs(record)
     keep_compiled_programs()
     if getattr(record, "mesh", 1) not in (None, 1):
@@ -125,6 +127,7 @@ def _first_parser() -> argparse.ArgumentParser:
 def _add_choice(parser: Any) -> None:
     names = ", ".join(PIPELINES)
     parser.add_argument("--system", metavar="NAME", help=f"{names} (default: the one whose options are given)")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="draw with what a training run trained")
     parser.add_argument(
         "--like", type=Path, metavar="PNG", help="draw the recipe of a picture again; options change it"
     )
@@ -173,7 +176,7 @@ def _system(named: str | None, arguments: Sequence[str]) -> str:
 
 def _flags(name: str) -> set[str]:
     """All flags of a system's command line."""
-    own = {"--system", "--like", "--output", "--debug", "--help"}
+    own = {"--system", "--run", "--like", "--output", "--debug", "--help"}
     return own | {flag(field.name) for field in fields_of(pipeline_class(name).Options)}
 
 

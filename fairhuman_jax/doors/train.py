@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse, table
-from fairhuman_jax.config import ConfigError, describe, load_config
+from fairhuman_jax.config import ConfigError, apply_overrides, describe, load_config
 from fairhuman_jax.devices.kernels import choose_cpu_kernels, dtype_of, keep_compiled_programs
 from fairhuman_jax.devices.processes import connect, is_main, refuse_one_of_many
+from fairhuman_jax.systems.registry import stored_run
 from fairhuman_jax.training.checkpoint import has_checkpoint
 from fairhuman_jax.training.loop import Result, train
 from fairhuman_jax.training.preemption import Interrupted
 from fairhuman_jax.training.run_config import RunConfig
 
+DEFAULT = "configs/people_lora.py"
+
 
 def train_door(arguments: Sequence[str] | None = None) -> None:
-    """`train.py [CONFIG] [--set key=value ...] [--resume | --auto-resume] [--show] [--compile-only TOPOLOGY]`, and for
-    one of several processes `[--distributed | --coordinator HOST:PORT --processes N --process I] [--timeout SECONDS]`.
+    """`train.py [CONFIG] [--set key=value ...] [--resume [RUN] | --auto-resume] [--show] [--compile-only TOPOLOGY]`.
+
+    One of several processes has `[--distributed | --coordinator HOST:PORT --processes N --process I]` beside that.
 
     Exit codes: 2 for bad input, 1 for a failure between processes, 143 and 130 after SIGTERM and SIGINT.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.config, options.set)
+        config = _config(options)
         if options.show:
             print(describe(config))
         elif options.compile_only:
@@ -42,19 +48,41 @@ def train_door(arguments: Sequence[str] | None = None) -> None:
         refuse(parser, error, options.debug)
 
 
+def _config(options: argparse.Namespace) -> RunConfig:
+    """The configuration of a file, or that of the run to resume, with the changes of the command line.
+
+    Raises: ConfigError for a file or change that cannot be used; FileNotFoundError for a folder without a run.
+    """
+    resumed = Path(options.resume) if isinstance(options.resume, str) else None
+    if resumed is not None and resumed.suffix == ".py":  # "--resume CONFIG", in the other order
+        options.config, resumed = str(resumed), None
+    if resumed is None:
+        return load_config(options.config or DEFAULT, options.set)
+    if options.config is not None:
+        raise ConfigError(f"--resume {resumed} reads the run's own configuration: leave out {options.config}")
+    return apply_overrides(dataclasses.replace(stored_run(resumed), output=str(resumed)), options.set)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Trains what a configuration describes; without one, a fair LoRA on the shipped people model.",
     )
-    parser.add_argument("config", nargs="?", default="configs/people_lora.py", help="a file of configs/")
+    parser.add_argument("config", nargs="?", help="a file of configs/ (default: the fair LoRA on the people model)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one field, as in train.steps=50"
     )
     resume = parser.add_mutually_exclusive_group()
-    resume.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run")
     resume.add_argument(
-        "--auto-resume", action="store_true", help="as --resume where this run has a checkpoint, otherwise start it"
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="RUN",
+        help="continue from the newest checkpoint; RUN is a run's folder, whose own configuration is read",
+    )
+    resume.add_argument(
+        "--auto-resume", action="store_true", help="resume where the run has a checkpoint, otherwise start it"
     )
     parser.add_argument("--show", action="store_true", help="print the configuration with its fields and stop")
     parser.add_argument(
@@ -83,7 +111,9 @@ def _run(options: argparse.Namespace, config: RunConfig, arguments: Sequence[str
     peers = (options.coordinator, options.processes, options.process)
     together = options.distributed or any(part is not None for part in peers)
     if options.distributed and peers != (None, None, None):
-        raise ConfigError("--distributed finds coordinator, processes and process itself: leave those out, or it")
+        raise ConfigError(
+            "--distributed finds coordinator, processes and process itself: use it, or the three options, not both"
+        )
     if together and not options.distributed and None in peers:
         raise ConfigError("--coordinator, --processes and --process go together")
     keep_compiled_programs()
@@ -93,11 +123,10 @@ def _run(options: argparse.Namespace, config: RunConfig, arguments: Sequence[str
     try:
         if together:
             connect(*peers, timeout=options.timeout)
-        resume = options.resume or (options.auto_resume and has_checkpoint(config.output))
+        resume = bool(options.resume) or (options.auto_resume and has_checkpoint(config.output))
         result = train(config, resume=resume)
     except Interrupted as stop:
-        again = [argument for argument in arguments if argument not in ("--resume", "--auto-resume")]
-        line = f"{stop}; go on with: python train.py {shlex.join([*again, '--resume'])}"
+        line = f"{stop}; continue with: python train.py {shlex.join(_again(arguments))}"
         _leave(line if is_main() else "", stop.exit_code, together)
     except KeyboardInterrupt:
         _leave("stopped by SIGINT outside of training; nothing was saved by that", 130, together)
@@ -107,6 +136,13 @@ def _run(options: argparse.Namespace, config: RunConfig, arguments: Sequence[str
         _leave(" ".join(str(error).split()), 2 if isinstance(error, USER_ERRORS) else 1, together)
     if is_main():
         print(report(result))
+
+
+def _again(arguments: Sequence[str]) -> list[str]:
+    """The command line that resumes what this one began."""
+    if "--resume" in arguments:
+        return list(arguments)
+    return [*(argument for argument in arguments if argument != "--auto-resume"), "--resume"]
 
 
 def _leave(line: str, code: int, together: bool) -> NoReturn:

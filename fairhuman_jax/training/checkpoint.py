@@ -68,7 +68,7 @@ class Checkpointer:
             first_line = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"checkpoint {self.folder / str(step)} does not fit this configuration ({first_line}); "
-                "resume with the configuration it was saved under"
+                "resume with the configuration it was saved under, and with the version of this package"
             ) from error
         stored = restored["state"]
         key = jax.random.wrap_key_data(stored["key"], impl=jax.random.key_impl(state.key))

@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from fairhuman_jax.contract import Batch, System
+from fairhuman_jax.contract import Batch, Parts, Phase
 from fairhuman_jax.devices.sharding import AXES, DATA, FSDP, is_split, unbox
 from fairhuman_jax.losses import Combiner, combine_weighted, gram_matrix, make_combiner
 from fairhuman_jax.training.objectives import Linearised, linearise, mean_over_micro_batches
@@ -32,28 +32,20 @@ COMBINER_KEY = 2**31 - 1  # no sample of a batch has this position
 
 @dataclass(frozen=True)
 class FairConfig:
-    """How K > 1 gradients become one.
+    """How the gradients of K > 1 objectives become one; a phase of one objective takes its plain gradient."""
 
-    method: a rule of losses.COMBINERS; mpd is alpha-fair (alpha 2: minimum potential delay), sum the plain sum, single
-    the first objective alone. alpha, priority: of the fair rule. rescale: length of the combined gradient, None = the
-    rule's own. options: further arguments of `losses.make_combiner` for the rule, as (("c", 0.4),).
-    gradients: "stacked" pulls K cotangents back together and keeps K gradients (F + K B); "sequential" pulls them back
-    one after the other, with the activation gradients of one at a time; "replay" pulls back together, keeps the Gram
-    matrix alone and pulls the combination back once more (F + (K + 1) B, memory of one gradient).
-    refresh_every: steps that share one solution; those in between are plain steps on the weighted loss. 1 is exact.
-    A system with one objective is trained on its plain gradient whatever stands here.
-    """
-
-    method: str = "mpd"
-    alpha: float = 2.0
-    priority: tuple[float, ...] | None = None
-    rescale: str | None = None
-    options: tuple[tuple[str, float], ...] = ()
-    gradients: str = "stacked"
-    refresh_every: int = 1
+    method: Annotated[str, "rule of losses.COMBINERS: mpd (alpha-fair), sum, single (the first objective), ..."] = "mpd"
+    alpha: Annotated[float, "alpha of the fair rule; 2 is minimum potential delay"] = 2.0
+    priority: Annotated[tuple[float, ...] | None, "priority of each objective under the fair rule"] = None
+    rescale: Annotated[str | None, "length of the combined gradient; None is the rule's own"] = None
+    options: Annotated[tuple[tuple[str, float], ...], 'further arguments of the rule, as (("c", 0.4),)'] = ()
+    gradients: Annotated[
+        str, "stacked (K pull-backs at once), sequential (one after the other) or replay (memory of one gradient)"
+    ] = "stacked"
+    refresh_every: Annotated[int, "number of steps that share one solution of the weights; 1 is exact"] = 1
 
     def combiner(self) -> Combiner:
-        """The rule. Errors: unknown names; a refresh that never comes."""
+        """The rule. Raises: ValueError for unknown names or an interval below 1."""
         if self.gradients not in GRADIENTS:
             raise ValueError(f"fair.gradients={self.gradients!r}; known: {', '.join(GRADIENTS)}")
         if self.refresh_every < 1:
@@ -79,32 +71,37 @@ def init_fair(fair: FairConfig, count: int) -> FairState:
     return jax.tree.map(jnp.copy, FairState(fair.combiner().init(count), ones, ones))
 
 
-# gradient, state, losses averaged over devices, metrics
-Combined = tuple[PyTree, FairState, jax.Array, Metrics]
+class Combined(NamedTuple):
+    """A phase's gradient, averaged over devices, with what else came of it; losses are averaged over devices too."""
+
+    gradient: PyTree
+    state: FairState
+    losses: jax.Array
+    statistics: PyTree
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
 class Combining:
-    """The combination of one system's objectives; `specs` says how each leaf of the trainables is split."""
+    """The combination of one phase's objectives; `specs` says how each leaf that it moves is split."""
 
-    system: System
+    phase: Phase
     fair: FairConfig
     specs: PyTree
     accumulate: int = 1
 
-    def __call__(
-        self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, state: FairState, refresh: bool
-    ) -> tuple[PyTree, FairState, Metrics]:
-        """(combined gradient, split as the trainables are; state; metrics) of this device's part of a batch.
+    def __call__(self, parts: Parts, batch: Batch, key: jax.Array, state: FairState, refresh: bool) -> Combined:
+        """The combined gradient, split as the trainables are, of this device's part of a batch.
 
         Trees come boxed (sharding.box). Metrics: loss/NAME, weight/NAME, gradient_norm, finite; where a Gram matrix was
         formed also norm/NAME, cosine/A_B and residual.
+        Raises: ValueError for a state of another number of objectives.
         """
 
         names: list[str] = []
 
         def point(part: Batch) -> Linearised:
-            here = linearise(self.system, trainable, frozen, part, key)
+            here = linearise(self.phase, parts, part, key)
             names[:] = here.names
             if len(names) != state.coefficients.size:
                 raise ValueError(
@@ -115,7 +112,7 @@ class Combining:
 
         rule, own_key = self.fair.combiner(), jax.random.fold_in(key, COMBINER_KEY)
         if state.coefficients.size > 1 and refresh and rule.reads != "losses":
-            gradient, state, losses, metrics = self._solved(rule, point, names, batch, own_key, state)
+            found = self._solved(rule, point, names, batch, own_key, state)
         else:
 
             def weigh(losses: jax.Array) -> FairState:
@@ -124,31 +121,31 @@ class Combining:
                 coefficients, own, info = rule.weigh(None, state.rule, jax.lax.pmean(losses, AXES), own_key)
                 return FairState(own, info["weights"], coefficients)
 
-            gradient, state, losses, metrics = self._weighted(point, batch, weigh)
+            found = self._weighted(point, batch, weigh)
         # Named here, where the objectives are in order: a dict leaves a transformation sorted by name.
         for i, name in enumerate(names):
-            metrics |= {f"loss/{name}": losses[i], f"weight/{name}": state.weights[i]}
-        return gradient, state, metrics
+            found.metrics.update({f"loss/{name}": found.losses[i], f"weight/{name}": found.state.weights[i]})
+        return found._replace(statistics=jax.lax.pmean(found.statistics, AXES))
 
     def _weighted(self, point: Point, batch: Batch, weigh: Callable[[jax.Array], FairState]) -> Combined:
         """One pull-back, of the losses' weighted sum."""
 
         if self.accumulate == 1:
             here = point(batch)
-            state, losses = weigh(here.losses), here.losses
+            state, losses, statistics = weigh(here.losses), here.losses, here.statistics
             gradient = here.pull(state.coefficients)
         else:
             # The weights come first: a forward pass of its own over the micro-batches, unless no rule looks at it.
             state = weigh(mean_over_micro_batches(lambda part: point(part).losses, batch, self.accumulate))
 
-            def gradient_and_losses(part: Batch) -> tuple[PyTree, jax.Array]:
+            def at_part(part: Batch) -> tuple[PyTree, jax.Array, PyTree]:
                 here = point(part)
-                return here.pull(state.coefficients), here.losses
+                return here.pull(state.coefficients), here.losses, here.statistics
 
-            gradient, losses = mean_over_micro_batches(gradient_and_losses, batch, self.accumulate)
+            gradient, losses, statistics = mean_over_micro_batches(at_part, batch, self.accumulate)
         gradient = self._average(gradient)
         norm, losses = self._norm(gradient, losses)
-        return gradient, state, losses, {"gradient_norm": norm, "finite": jnp.isfinite(norm)}
+        return Combined(gradient, state, losses, statistics, {"gradient_norm": norm, "finite": jnp.isfinite(norm)})
 
     def _solved(
         self, rule: Combiner, point: Point, names: list[str], batch: Batch, key: jax.Array, state: FairState
@@ -161,15 +158,16 @@ class Combining:
                 f"train.accumulate={self.accumulate} micro-batches; use fair.gradients=sequential, or accumulate=1"
             )
 
-        def gradients_and_losses(here: Linearised) -> tuple[PyTree, jax.Array]:
-            return (here.pull_each() if self.fair.gradients == "sequential" else here.pull_all()), here.losses
+        def pulled(here: Linearised) -> tuple[PyTree, jax.Array, PyTree]:
+            gradients = here.pull_each() if self.fair.gradients == "sequential" else here.pull_all()
+            return gradients, here.losses, here.statistics
 
         if self.accumulate == 1:
             here = point(batch)
-            gradients, losses = gradients_and_losses(here)
+            gradients, losses, statistics = pulled(here)
         else:
-            gradients, losses = mean_over_micro_batches(
-                lambda part: gradients_and_losses(point(part)), batch, self.accumulate
+            gradients, losses, statistics = mean_over_micro_batches(
+                lambda part: pulled(point(part)), batch, self.accumulate
             )
         gradients = self._average(gradients)
         gram, losses = self._exchange(gradients, losses)
@@ -185,7 +183,7 @@ class Combining:
         for (i, first), (j, second) in itertools.combinations(enumerate(names), 2):
             metrics[f"cosine/{first}_{second}"] = info["cosines"][i, j]
         metrics |= {"gradient_norm": norm, "residual": info["residual"], "finite": info["finite"] & jnp.isfinite(norm)}
-        return gradient, FairState(own, info["weights"], coefficients), losses, metrics
+        return Combined(gradient, FairState(own, info["weights"], coefficients), losses, statistics, metrics)
 
     # ---- between devices -----------------------------------------------------------------------------------------
 

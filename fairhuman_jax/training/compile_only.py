@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from fairhuman_jax.bases.latent_diffusion import LatentDiffusion, numbered
-from fairhuman_jax.bases.opening import open_pipeline
 from fairhuman_jax.commands import table
-from fairhuman_jax.contract import Batch, System
+from fairhuman_jax.contract import Batch, Parts, Phase, Shapes, System
 from fairhuman_jax.data.keypoint_transforms import PEOPLE
 from fairhuman_jax.data.shards import MANIFEST, ShardedDataset
 from fairhuman_jax.devices.sharding import BATCH_SPEC, WHOLE, leaf_specs, make_mesh, named
 from fairhuman_jax.devices.topologies import compiler_options, memory_of, memory_setting, topology_devices
 from fairhuman_jax.keypoints.poses import JOINTS
-from fairhuman_jax.models import CLIPVision
-from fairhuman_jax.systems.facediffuser.scene_model import SceneModelConfig
-from fairhuman_jax.systems.facediffuser.subject_model import SubjectModelConfig
-from fairhuman_jax.systems.facediffuser.subjects import SubjectDiffusion
-from fairhuman_jax.systems.fairhuman.system import FairHumanConfig
-from fairhuman_jax.systems.humansd.system import HumanSDConfig
 from fairhuman_jax.training.combining import init_fair
 from fairhuman_jax.training.program_cost import Traffic, collectives, flops
 from fairhuman_jax.training.run_config import RunConfig
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
 from fairhuman_jax.training.step import step_of_run
-from fairhuman_jax.weights.shapes import image_encoder_config
-from fairhuman_jax.weights.shipped import or_shipped
 
 PyTree = Any
 GIB = 2**30
@@ -165,22 +154,25 @@ def abstract_step(
 ) -> tuple[Any, tuple[PyTree, PyTree, PyTree]]:
     """The trainer's step for `mesh` and the shapes of its arguments, placed as the trainer places them."""
     train = config.train
-    system = abstract_system(config.system)
-    optimizer = make_optimizer(config.optimizer, train.steps)
-    step = step_of_run(config, system, optimizer, mesh)
+    system = config.system.build(shapes=True)
+    optimizers = {p.player: make_optimizer(config.optimizer_of(p.player), train.steps) for p in system.phases}
+    step = step_of_run(config, system, optimizers, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = system.pipeline.params if isinstance(system, LatentDiffusion) else {}
-    trainable, frozen = jax.eval_shape(lambda key, params: _with_params(system, params).init(key), key, params)
+    params = system.opened
+    trainable, frozen = jax.eval_shape(lambda key, params: system.with_opened(params).init(key), key, params)
+    statistics = jax.eval_shape(system.init_statistics, trainable, frozen)
     batch = batch_shapes(system, config, encoded=encoded)
     local = {name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
     local["position"] = jax.ShapeDtypeStruct((1,), jnp.int32)
-    count = len(jax.eval_shape(partial(_objectives, system), trainable, frozen, local, key))
+    parts = Parts(trainable, statistics, frozen)
+    counts = {phase.name: len(_objectives(phase, parts, local, key)) for phase in system.phases}
 
-    def start(trainable: PyTree, key: jax.Array) -> TrainState:
-        fair = init_fair(config.fair, count)
-        return init_state(trainable, optimizer, key, ema=train.ema_decay is not None, fair=fair)
+    def start(trainable: PyTree, statistics: PyTree, key: jax.Array) -> TrainState:
+        fair = {phase: init_fair(config.fair, count) for phase, count in counts.items()}
+        ema, phases = train.ema_decay is not None, system.phases
+        return init_state(trainable, optimizers, key, ema=ema, fair=fair, phases=phases, statistics=statistics)
 
-    state = jax.eval_shape(start, trainable, key)
+    state = jax.eval_shape(start, trainable, statistics, key)
     specs = leaf_specs(mesh, frozen) if train.shard_frozen else jax.tree.map(lambda _: WHOLE, frozen)
     return step, (
         jax.tree.map(_placed, state, named(mesh, leaf_specs(mesh, state))),
@@ -189,28 +181,15 @@ def abstract_step(
     )
 
 
-def abstract_system(config: Any) -> System:
-    """The system of a configuration; the base of a latent diffusion model has shapes for parameters.
-
-    Its `vae` is not looked for: another autoencoder for the same base differs in numbers alone. A subject model that
-    goes on from another one is read.
-    """
-    goes_on = isinstance(config, SubjectModelConfig) and config.image_encoder is None
-    if goes_on or not isinstance(config, FairHumanConfig | HumanSDConfig | SceneModelConfig | SubjectModelConfig):
-        return config.build()
-    runtime = {"remat": config.remat, "attention": config.attention}
-    stored = config.dtype if isinstance(config, FairHumanConfig) else "float32"  # as `build` opens it
-    pipeline = open_pipeline(config.base, shapes_only=True, dtype=stored, **runtime)
-    if not isinstance(config, SubjectModelConfig):
-        return config.attach(pipeline)
-    encoder: Any = config.image_encoder
-    if isinstance(encoder, str):
-        encoder = image_encoder_config(or_shipped(encoder, "people_identity"))
-    return config.attach(pipeline, CLIPVision.from_config(encoder, **runtime), {})
-
-
-def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) -> Shapes:
     """The arrays of one global batch as the trainer's loader makes them; `encoded`: see `compile_only`."""
+    stored = _stored(config.data.folder)
+    latents = encoded or config.data.cache_latents or "latent_mean" in stored
+    return system.reads(offered_shapes(config), latents=latents, text=encoded or "texts" in stored)
+
+
+def offered_shapes(config: RunConfig) -> Shapes:
+    """The arrays of one global batch that the data has for any system."""
     count, side = config.train.batch_size, config.data.resolution
     pixels = (count, side, side)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -229,26 +208,6 @@ def batch_shapes(system: System, config: RunConfig, *, encoded: bool = False) ->
             del shapes["time_ids"]
     if config.data.keypoints:
         shapes["keypoints"] = ((count, PEOPLE, JOINTS, 3), jnp.float32)
-    if isinstance(system, LatentDiffusion):
-        stored = _stored(config.data.folder)
-        if system.controlnets or system.adapters or system.pipeline.reads_pose:
-            shapes["conditioning_image"] = ((*pixels, 3), jnp.uint8)
-        if encoded or config.data.cache_latents or "latent_mean" in stored:
-            del shapes["image"]
-            latents = ((count, *system.latent_shape(side, side)), jnp.float16)
-            shapes |= {"latent_mean": latents, "latent_logvar": latents}
-        ids = {
-            numbered("input_ids", i): ((count, encoder.to_config()["max_position_embeddings"]), jnp.int32)
-            for i, encoder in enumerate(system.pipeline.text_encoders)
-        }
-        if isinstance(system, SubjectDiffusion):  # whose text is encoded with its subjects, so never beforehand
-            shapes["subject_positions"] = ((count, system.slots), jnp.int32)
-            shapes["subject_valid"] = ((count, system.slots), jnp.bool_)
-        elif encoded or "texts" in stored:
-            tokens = {name: jax.ShapeDtypeStruct(*shape) for name, shape in ids.items()}
-            hidden, pooled = jax.eval_shape(system.encode_text, system.pipeline.params, tokens)
-            ids = {"text_hidden": (hidden.shape, jnp.float16), "text_pooled": (pooled.shape, jnp.float16)}
-        shapes |= ids
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
@@ -259,16 +218,11 @@ def _stored(folder: str | None) -> frozenset[str]:
     return frozenset(ShardedDataset(folder)[0])
 
 
-def _with_params(system: System, params: PyTree) -> System:
-    """The system with parameters that are traced, as `init` looks at their shapes."""
-    if not isinstance(system, LatentDiffusion):
-        return system
-    pipeline = dataclasses.replace(system.pipeline, params=params)
-    return dataclasses.replace(system, pipeline=pipeline)  # pyright: ignore[reportReturnType]
+def _objectives(phase: Phase, parts: Parts, batch: Shapes, key: Any) -> PyTree:
+    def losses(parts: Parts, batch: Batch, key: jax.Array) -> PyTree:
+        return phase.objectives(phase.predict(parts, batch, key)[0], batch)
 
-
-def _objectives(system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
-    return system.objectives(system.predict(trainable, frozen, batch, key), batch)
+    return jax.eval_shape(losses, parts, batch, key)
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

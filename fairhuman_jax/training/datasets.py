@@ -153,7 +153,7 @@ def training_batches(
     source: Source, system: System, data: DataConfig, train: TrainConfig, frozen: Any
 ) -> BatchIterator:
     """The endless, resumable stream of this process's share of each global batch; with buckets one shape a batch."""
-    encodes = hasattr(system, "encode_image")
+    encodes = "image" in system.encodes
     if (data.cache_latents or latent_shapes(source)) and not encodes:
         what = "data.cache_latents" if data.cache_latents else f"{data.folder} holds latents"
         raise ValueError(f"{what}: {type(system).__name__} has no frozen autoencoder to encode with")

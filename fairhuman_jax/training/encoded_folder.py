@@ -38,7 +38,7 @@ def encode_folder(
     embeddings of all captions; without, captions stay text, as a trained text encoder needs it. Errors: what the source
     and ShardWriter raise; ValueError: latents already, or a system without frozen encoders.
     """
-    if not hasattr(system, "encode_image"):
+    if "image" not in system.encodes:
         raise ValueError(f"{type(system).__name__} has no frozen autoencoder to encode with")
     if data.subjects:
         raise ValueError("data.subjects: their pictures and captions are drawn anew each time; train from the folder")

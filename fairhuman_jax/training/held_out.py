@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
-from fairhuman_jax.contract import Batch, System
-
-PyTree = Any
+from fairhuman_jax.contract import Batch, Measure, Parts, System
 
 
-def make_held_out_losses(
-    system: System, batches: Sequence[Batch], key: jax.Array
-) -> Callable[[PyTree, PyTree], dict[str, float]]:
-    """`losses(trainable, frozen) -> {objective: mean}` over `batches`, whose `times` and `position` are fixed.
+def make_held_out_losses(system: System, batches: Sequence[Batch], key: jax.Array) -> Measure:
+    """`losses(parts) -> {objective: mean}` over `batches`, whose `times` and `position` are fixed.
 
-    Batch i draws its noise from `fold_in(key, i)`, so two calls differ by the parameters alone.
+    Batch i draws its noise from `fold_in(key, i)`, so two calls differ by the parts alone. Objectives of several phases
+    are named as in generator.adversarial.
     """
+    phases = system.phases
 
     @jax.jit
-    def losses(trainable: PyTree, frozen: PyTree, batch: Batch, index: int) -> dict[str, jax.Array]:
-        prediction = system.predict(trainable, frozen, batch, jax.random.fold_in(key, index))
-        return system.objectives(prediction, batch)
+    def losses(parts: Parts, batch: Batch, index: int) -> dict[str, jax.Array]:
+        found = {}
+        for phase in phases:
+            prediction, _ = phase.predict(parts, batch, jax.random.fold_in(key, index))
+            for name, loss in phase.objectives(prediction, batch).items():
+                label = f"{phase.name}.{name}" if len(phases) > 1 else name
+                found[label] = loss
+                if label not in order:
+                    order.append(label)
+        return found
 
-    def mean_losses(trainable: PyTree, frozen: PyTree) -> dict[str, float]:
-        rows = jax.device_get([losses(trainable, frozen, batch, i) for i, batch in enumerate(batches)])
-        return {name: float(sum(row[name] for row in rows) / len(rows)) for name in rows[0]}
+    order: list[str] = []  # a dict leaves jit sorted by name
+
+    def mean_losses(parts: Parts) -> dict[str, float]:
+        rows = jax.device_get([losses(parts, batch, i) for i, batch in enumerate(batches)])
+        return {name: float(sum(row[name] for row in rows) / len(rows)) for name in order}
 
     return mean_losses

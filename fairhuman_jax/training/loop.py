@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from fairhuman_jax.config import to_dict
-from fairhuman_jax.contract import System
+from fairhuman_jax.contract import MakeMeasure, Measure, Parts, System
 from fairhuman_jax.data.loader import BatchIterator
 from fairhuman_jax.devices.processes import Agreement, fetch, is_main, own_rows, wait_for_all
 from fairhuman_jax.devices.sharding import make_mesh, place, replicate, shard_batch
+from fairhuman_jax.files import read_json, write_json
 from fairhuman_jax.training.checkpoint import Checkpointer
 from fairhuman_jax.training.combining import init_fair
 from fairhuman_jax.training.datasets import held_out_batches, open_data, training_batches
@@ -34,16 +35,16 @@ from fairhuman_jax.training.reporting import (
     make_previewer,
     mean_weights,
 )
-from fairhuman_jax.training.run_config import RunConfig
+from fairhuman_jax.training.run_config import CONFIG, RunConfig, check_resumed
 from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
-from fairhuman_jax.training.step import TrainStep, step_of_run
+from fairhuman_jax.training.step import TrainStep, due_phases, step_of_run
 
 PyTree = Any
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run reports: held-out losses, mean weights of the objectives, speed, files."""
+    """What a finished run reports: measured values, mean weights of the objectives, speed, files."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -58,7 +59,7 @@ class Result:
 class Run:
     """All parts of a run, made from its configuration; `state` is replaced step by step.
 
-    `pending` is a step whose metrics the device may still be computing: its index and they.
+    names: labels of the objectives in logs. pending: (step, metrics) not yet fetched from the device.
     """
 
     config: RunConfig
@@ -73,31 +74,31 @@ class Run:
     checkpoints: Checkpointer
     logger: RunLogger
     watch: SkippedWatch
-    measure: Callable[[PyTree, PyTree], dict[str, float]]
+    measures: tuple[Measure, ...]
     draw: Callable[[PyTree, PyTree], np.ndarray] | None
     example: Mapping[str, np.ndarray]
     clock: Clock = field(default_factory=Clock)
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def losses(self) -> dict[str, float]:
-        """Held-out losses now, in the system's order."""
-        losses = self.measure(self.state.averaged, self.frozen)
-        return {name: losses[name] for name in self.names}
+        """What the system measures on held-out batches now; by default the mean of every objective."""
+        parts = self.state.parts(self.frozen)
+        return {name: value for measure in self.measures for name, value in measure(parts).items()}
 
     def picture(self, step: int) -> None:
-        """The preview now, filed under `step`, of a run that has one."""
+        """Draws the preview, if the run has one, and logs it under `step`."""
         if self.draw is None:
             return
         self.logger.image(step, "sample", self.draw(self.state.averaged, self.frozen))
         self.pause()
 
     def pause(self) -> None:
-        """What went on since the last step counts as training for neither clock."""
+        """Leaves the time since the last step out of both clocks."""
         self.logger.pause()
         self.clock.pause()
 
     def log(self) -> None:
-        """Waits for the pending metrics, if any, and files them."""
+        """Fetches the pending metrics, if any, and logs them."""
         if self.pending is not None:
             (index, metrics), self.pending = self.pending, None
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -105,12 +106,12 @@ class Run:
             self.watch.note(index + 1, int(values["skipped"]))
 
     def save(self, done: int) -> None:
-        """Begins a checkpoint of the state after `done` steps; what is on record of them is on file before it is."""
+        """Starts a checkpoint after `done` steps. Their metrics are flushed first."""
         self.log()
         self.checkpoints.save(done, self.state, self.batches.get_state(), to_dict(self.config))
 
     def look(self, done: int) -> None:
-        """Held-out losses and a preview of the state after `done` steps, where they are due."""
+        """Measures and draws a preview after `done` steps, where they are due."""
         settings = self.config.train
         if _due(done, settings.validate_every):
             self.log()
@@ -123,7 +124,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Ends workers, the save in flight and the log; after an error nobody waits for other processes."""
+        """Ends workers, the save in flight and the log; after an error no process waits for others."""
         failed = kind is not None and kind is not Interrupted
         self.batches.close()
         try:
@@ -135,11 +136,17 @@ class Run:
 
 
 def prepare(config: RunConfig, *, resume: bool) -> Run:
-    """Builds everything, reads the data and, on `resume`, the newest checkpoint; nothing is trained yet."""
+    """Builds everything, reads the data and, on `resume`, the newest checkpoint; nothing is trained yet.
+
+    Raises: ValueError and OSError for what the configuration names and cannot be used; ConfigError for a stored
+    configuration that differs.
+    """
     settings, output = config.train, Path(config.output)
     if settings.wandb is not None:
         wandb_package()
     checkpoints = _open_checkpoints(output, settings.keep_checkpoints, resume=resume)
+    if resume:
+        check_resumed(config)
 
     # ---- system ----------------------------------------------------------------------------------------------------
     mesh = make_mesh(settings.fsdp)
@@ -156,10 +163,24 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     held_out_device = [shard_batch(mesh, own_rows(batch)) for batch in held_out_host]
 
     # ---- state and step --------------------------------------------------------------------------------------------
-    optimizer = make_optimizer(config.optimizer, settings.steps)
-    names = objective_names(system, trainable, frozen, held_out_device[0])
-    fair = init_fair(config.fair, len(names))
-    state = place(mesh, init_state(trainable, optimizer, step_key, ema=settings.ema_decay is not None, fair=fair))
+    statistics = system.init_statistics(trainable, frozen)
+    optimizers = {
+        phase.player: make_optimizer(config.optimizer_of(phase.player), settings.steps) for phase in system.phases
+    }
+    names = {
+        phase.name: objective_names(phase, Parts(trainable, statistics, frozen), held_out_device[0])
+        for phase in system.phases
+    }
+    state = init_state(
+        trainable,
+        optimizers,
+        step_key,
+        ema=settings.ema_decay is not None,
+        fair={phase: init_fair(config.fair, len(own)) for phase, own in names.items()},
+        phases=system.phases,
+        statistics=statistics,
+    )
+    state = place(mesh, state)
     if resume:
         state, position = checkpoints.restore(state)
         batches.set_state(position)
@@ -167,17 +188,17 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     return Run(
         config=config,
         output=output,
-        names=names,
+        names=objective_labels(names),
         system=system,
         mesh=mesh,
         frozen=frozen,
         state=state,
-        step=step_of_run(config, system, optimizer, mesh),
+        step=step_of_run(config, system, optimizers, mesh),
         batches=batches,
         checkpoints=checkpoints,
-        logger=_open_logger(config, names, start),
-        watch=SkippedWatch(start, int(state.skipped), min(SKIPPED_IN_A_ROW, settings.steps)),
-        measure=make_held_out_losses(system, held_out_device, held_out_key),
+        logger=_open_logger(config, objective_labels(names), start),
+        watch=SkippedWatch(start, _skipped(state), min(SKIPPED_IN_A_ROW, settings.steps)),
+        measures=tuple(make(held_out_device, held_out_key) for make in measures_of(system).values()),
         draw=make_previewer(system, config.preview, mesh, held_out_host[0], preview_key),
         example=held_out_host[0],
     )
@@ -198,17 +219,17 @@ def train(config: RunConfig, *, resume: bool = False) -> Result:
 
 
 def measure_before(run: Run) -> None:
-    """What is on record of a run before its first step."""
+    """Writes what a run's folder holds before its first step."""
     losses = run.losses()
     if is_main():
-        (run.output / "config.json").write_text(json.dumps(to_dict(run.config), indent=1))
+        write_json(run.output / CONFIG, to_dict(run.config))
         first_batch(run.batches, run.example).save(run.output / "batch.png")
-        (run.output / "before.json").write_text(json.dumps(losses))
+        write_json(run.output / "before.json", losses)
     run.picture(0)
 
 
 def take_steps(run: Run, stop: StopSignal) -> None:
-    """All steps from the state's own to the last one. Raises Interrupted, with the checkpoint complete."""
+    """Takes all steps from the state's own to the last one. Raises: Interrupted, with the checkpoint complete."""
     settings, refresh_every = run.config.train, run.config.fair.refresh_every
     agreed, trace = Agreement(run.mesh), TraceWindow(run.output / "profile", settings.profile)
     start = int(run.state.step)
@@ -217,7 +238,8 @@ def take_steps(run: Run, stop: StopSignal) -> None:
     for index in range(start, settings.steps):
         batch = shard_batch(run.mesh, shielded(run.batches.__next__))
         trace.begin(index)
-        run.state, metrics = run.step(run.state, run.frozen, batch, index % refresh_every == 0)
+        due = due_phases(run.system, index)
+        run.state, metrics = run.step(run.state, run.frozen, batch, index % refresh_every == 0, due)
         # The metrics read here are those of the step before: the device has its next work before the host waits.
         run.log()
         if settings.log_every and index % settings.log_every == 0:
@@ -241,26 +263,42 @@ def take_steps(run: Run, stop: StopSignal) -> None:
 
 
 def measure_after(run: Run) -> Result:
-    """Held-out losses, a picture and the export; written by the first process, reported by all."""
+    """Measures, draws and exports; the first process writes, all report."""
     steps = run.config.train.steps
-    after = run.losses()
+    before, after = read_json(run.output / "before.json"), run.losses()
     run.picture(steps)
-    trained, frozen = fetch((run.state.averaged, run.frozen))
+    parts = Parts(*fetch(tuple(run.state.parts(run.frozen))))
     exported, picture = run.output / "export", run.output / "before_after.png" if run.draw else None
     if is_main():
-        exported = run.system.export(trained, frozen, exported, dict(run.example))
+        exported = run.system.export(parts, exported, dict(run.example))
         if picture:
             before_and_after(run.output, steps).save(picture)
     wait_for_all("exported")
     return Result(
-        before=json.loads((run.output / "before.json").read_text()),
+        before={name: float(before[name]) for name in after},
         after=after,
         weights=mean_weights(run.output / METRICS, run.names),
         images_per_second=run.clock.ticks_per_second * run.config.train.batch_size,
-        skipped=int(run.state.skipped),
+        skipped=_skipped(run.state),
         exported=exported,
         picture=picture,
     )
+
+
+def objective_labels(names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The objectives as logs name them: by their phase too, where phases are several."""
+    several = len(names) > 1
+    return tuple(f"{phase}.{name}" if several else name for phase, own in names.items() for name in own)
+
+
+def measures_of(system: System) -> Mapping[str, MakeMeasure]:
+    """What a system measures on held-out batches; by default the mean of every objective."""
+    return {"losses": partial(make_held_out_losses, system)} if system.measures is None else system.measures
+
+
+def _skipped(state: TrainState) -> int:
+    """Steps without a finite gradient, of all phases together."""
+    return int(sum(state.skipped.values()))
 
 
 def _open_logger(config: RunConfig, names: tuple[str, ...], start: int) -> RunLogger:
@@ -277,7 +315,7 @@ def _open_logger(config: RunConfig, names: tuple[str, ...], start: int) -> RunLo
 
 
 def _open_checkpoints(output: Path, keep: int, *, resume: bool) -> Checkpointer:
-    """The run's checkpoints; refuses to write a new run over an old one, or to resume what does not exist."""
+    """The run's checkpoints. Raises: ValueError for a new run over an old one; FileNotFoundError for none to resume."""
     checkpoints = Checkpointer(output / "checkpoints", keep=keep)
     if resume:
         checkpoints.newest()

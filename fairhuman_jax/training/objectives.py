@@ -15,18 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fairhuman_jax.contract import Batch, System
+from fairhuman_jax.contract import Batch, Parts, Phase
 
 PyTree = Any
 
 
 @dataclass(frozen=True)
 class Linearised:
-    """K objectives at one point: their names and values [K], and `pull(weights [K])`, the gradient of sum_i w_i L_i."""
+    """K objectives at one point.
+
+    names and losses [K]; pull(weights [K]): the gradient of sum_i w_i L_i in what the phase moves; statistics: the new
+    ones.
+    """
 
     names: tuple[str, ...]
     losses: jax.Array
     pull: Callable[[jax.Array], PyTree]
+    statistics: PyTree
 
     def pull_all(self) -> PyTree:
         """The K gradients, every leaf with a leading axis K, by one vmapped pull-back."""
@@ -48,28 +53,42 @@ class Linearised:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
 
 
-def linearise(system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Linearised:
-    """The objectives of one batch and their pull-back.
+def moved(phase: Phase, trainable: PyTree) -> PyTree:
+    """The part of the trainables that a phase moves."""
+    return {name: trainable[name] for name in phase.trains} if phase.trains else trainable
+
+
+def with_moved(phase: Phase, trainable: PyTree, part: PyTree) -> PyTree:
+    """The trainables with the phase's part replaced: the inverse of `moved`."""
+    return {**trainable, **part} if phase.trains else part
+
+
+def linearise(phase: Phase, parts: Parts, batch: Batch, key: jax.Array) -> Linearised:
+    """The objectives of one phase on one batch, and their pull-back.
 
     Source: FairHuman, weighting_strategy/weight_methods.py (three backward passes over one retained graph there).
     """
-    prediction, pull_back = jax.vjp(lambda tree: system.predict(tree, frozen, batch, key), trainable)
+
+    def predict(part: PyTree) -> tuple[PyTree, PyTree]:
+        return phase.predict(parts._replace(trainable=with_moved(phase, parts.trainable, part)), batch, key)
+
+    prediction, pull_back, statistics = jax.vjp(predict, moved(phase, parts.trainable), has_aux=True)
     names: list[str] = []
 
     def stacked_losses(tree: PyTree) -> jax.Array:
-        losses = system.objectives(tree, batch)
+        losses = phase.objectives(tree, batch)
         names[:] = losses
         return jnp.stack([jnp.asarray(loss, jnp.float32) for loss in losses.values()])
 
     losses, pull_back_losses = jax.vjp(stacked_losses, prediction)
-    return Linearised(tuple(names), losses, lambda weights: pull_back(*pull_back_losses(weights))[0])
+    return Linearised(tuple(names), losses, lambda weights: pull_back(*pull_back_losses(weights))[0], statistics)
 
 
 def mean_over_micro_batches(function: Callable[[Batch], PyTree], batch: Batch, count: int) -> PyTree:
     """Mean of `function(micro_batch)` over `count` equal parts of the batch, one at a time.
 
     With sample-wise randomness (`sample_keys`), losses and gradients equal those of the whole batch up to rounding.
-    Errors: a batch that does not divide.
+    Raises: ValueError for a batch that does not divide.
     """
     if count == 1:
         return function(batch)
@@ -87,20 +106,20 @@ def mean_over_micro_batches(function: Callable[[Batch], PyTree], batch: Batch, c
 
 
 def task_gradients(
-    system: System, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+    phase: Phase, parts: Parts, batch: Batch, key: jax.Array
 ) -> tuple[PyTree, OrderedDict[str, jax.Array]]:
     """Gradients of the K objectives, every leaf with a leading axis K, and the losses by name."""
-    point = linearise(system, trainable, frozen, batch, key)
+    point = linearise(phase, parts, batch, key)
     # Ordered, because plain dicts come out of scan, jit and shard_map with their keys sorted.
     return point.pull_all(), OrderedDict(zip(point.names, point.losses, strict=True))
 
 
-def objective_names(system: System, trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[str, ...]:
-    """The names of the objectives in the system's order, without computing any."""
+def objective_names(phase: Phase, parts: Parts, batch: Batch) -> tuple[str, ...]:
+    """The names of a phase's objectives in their order, without computing any."""
     names: list[str] = []
 
     def note(key: jax.Array) -> None:
-        names[:] = system.objectives(system.predict(trainable, frozen, batch, key), batch)
+        names[:] = phase.objectives(phase.predict(parts, batch, key)[0], batch)
 
     jax.eval_shape(note, jax.random.key(0))
     return tuple(names)

@@ -3,105 +3,117 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.config import ConfigError, differences, to_dict
+from fairhuman_jax.contract import PreviewConfig, SystemConfig
 from fairhuman_jax.data.subject_transforms import SubjectConfig
-from fairhuman_jax.systems.facediffuser.scene_model import SceneModelConfig
-from fairhuman_jax.systems.facediffuser.subject_model import SubjectModelConfig
-from fairhuman_jax.systems.fairhuman.system import FairHumanConfig
-from fairhuman_jax.systems.humansd.system import HumanSDConfig
-from fairhuman_jax.systems.shipped.autoencoder import AutoencoderConfig
-from fairhuman_jax.systems.shipped.identity_encoder import IdentityEncoderConfig
-from fairhuman_jax.systems.shipped.pose_network import PoseNetworkConfig
-from fairhuman_jax.systems.shipped.text_to_image import TextToImageConfig
+from fairhuman_jax.files import read_json
 from fairhuman_jax.training.combining import FairConfig
 from fairhuman_jax.training.state import OptimizerConfig
+
+CONFIG = "config.json"  # in a run's folder
+# What may change when a run is resumed: its length, what it logs and draws, how it is spread over devices, its rate.
+FREE = (
+    *("output", "preview", "data.workers", "data.on_error", "optimizer.learning_rate", "optimizer.schedule"),
+    *("optimizer.warmup_steps", "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.clip_norm"),
+    *("train.steps", "train.fsdp", "train.shard_frozen", "train.log_every", "train.validate_every"),
+    *("train.preview_every", "train.checkpoint_every", "train.keep_checkpoints", "train.profile", "train.wandb"),
+    *("system.remat", "system.attention"),
+)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on.
+    """The data of a run, and how pictures become batches."""
 
-    folder: a FairHuman folder (metadata.jsonl), a FastComposer folder (image_ids_train.txt), a TFDS version folder or
-    shards of latents (`encode.py`), told apart by what they hold, a mapping file (.json) of Laion-Human or
-    Human-Art, or None for the people world; length, seed: of the people world, which is rendered on first use and kept;
-    conditioning: control images, for the people world "fairhuman" (skeleton, face points, hand depth), for it and
-    mapping files "humansd" (skeletons, drawn anew for each crop), while folders have their own; keypoints: with the
-    joints of ten people, of the same two; subjects: with pictures of the people in it, their masks and marked captions,
-    for the people world and FastComposer folders (SubjectConfig in data/subject_transforms.py); compat: "reference"
-    prepares skeletons as HumanSD did, subjects as FastComposer did (data/keypoint_transforms.py,
-    data/subject_transforms.py); held_out: samples kept from training (at
-    most a quarter of a folder); resolution: pixels a side after the joint resize and crop (center or random); buckets:
-    instead of squares the nearest of several shapes of at most that area, sides multiples of bucket_step, aspect up to
-    bucket_aspect, one shape a batch; flip: probability of mirroring; caption_dropout: probability of an empty caption;
-    cache_latents: encode every image once before training (no random crop or flip then, as with shards); workers:
-    loader processes; on_error: skip or stop at a sample that cannot be read.
-    """
-
-    folder: str | None = None
-    length: int = 2048
-    seed: int = 0
-    conditioning: Literal["fairhuman", "humansd"] | None = None
-    keypoints: bool = False
-    subjects: SubjectConfig | None = None
-    compat: Literal["reference"] | None = None
-    held_out: int = 128
-    resolution: int = 64
-    buckets: bool = False
-    bucket_step: int = 64
-    bucket_aspect: float = 2.0
-    crop: str = "center"
-    flip: float = 0.0
-    caption_dropout: float = 0.0
-    cache_latents: bool = False
-    workers: int = 0
-    on_error: str = "skip"
+    folder: Annotated[
+        str | None,
+        "folder of FairHuman, FastComposer, TFDS or shards of latents, or a mapping file (.json) of Laion-Human or "
+        "Human-Art; None is the people world",
+    ] = None
+    length: Annotated[int, "number of training samples of the people world, rendered on first use and kept"] = 2048
+    seed: Annotated[int, "seed of the people world"] = 0
+    conditioning: Annotated[
+        Literal["fairhuman", "humansd"] | None,
+        "control images to draw: fairhuman (skeleton, face points, hand depth; people world) or humansd (skeletons; "
+        "people world and mapping files); folders have their own",
+    ] = None
+    keypoints: Annotated[bool, "add the joints of ten people to a batch (people world and mapping files)"] = False
+    subjects: Annotated[
+        SubjectConfig | None,
+        "add pictures of the people in a sample, their masks and marked captions (people world, FastComposer folders)",
+    ] = None
+    compat: Annotated[Literal["reference"] | None, "prepare skeletons as HumanSD, subjects as FastComposer"] = None
+    held_out: Annotated[int, "number of samples kept from training, at most a quarter of a folder"] = 128
+    resolution: Annotated[int, "pixels a side after the joint resize and crop"] = 64
+    buckets: Annotated[bool, "instead of squares take the nearest of several shapes, one shape a batch"] = False
+    bucket_step: Annotated[int, "multiple that both sides of a bucket's shape have"] = 64
+    bucket_aspect: Annotated[float, "largest ratio of a bucket's sides"] = 2.0
+    crop: Annotated[str, "crop at the center, or at a random place"] = "center"
+    flip: Annotated[float, "probability of mirroring a sample"] = 0.0
+    caption_dropout: Annotated[float, "probability of an empty caption"] = 0.0
+    cache_latents: Annotated[bool, "encode every image once before training (then no random crop and no flip)"] = False
+    workers: Annotated[int, "number of loader processes"] = 0
+    on_error: Annotated[str, "skip a sample that cannot be read, or stop at it"] = "skip"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length and rhythm of a run; a rhythm of 0 never comes round.
+    """Length of a run and its intervals in steps; 0 turns an interval off."""
 
-    batch_size: of all devices together; accumulate: micro-batches that it is cut into; fsdp: devices that share large
-    leaves of the trainables, and of the frozen base with shard_frozen; log_every, validate_every (held-out losses),
-    preview_every, checkpoint_every: in steps; profile: (first step, number of steps) traced into output/profile; wandb:
-    a project of Weights & Biases.
-    """
-
-    steps: int = 200
-    batch_size: int = 8
-    accumulate: int = 1
-    seed: int = 0
-    ema_decay: float | None = None
-    fsdp: int = 1
-    shard_frozen: bool = False
-    log_every: int = 1
-    validate_every: int = 0
-    preview_every: int = 0
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    profile: tuple[int, int] | None = None
-    wandb: str | None = None
+    steps: Annotated[int, "number of steps"] = 200
+    batch_size: Annotated[int, "samples a step, of all devices together"] = 8
+    accumulate: Annotated[int, "number of micro-batches that a batch is cut into"] = 1
+    seed: Annotated[int, "seed of initial values, noise and order"] = 0
+    ema_decay: Annotated[float | None, "decay of the moving average of the trainables; None keeps none"] = None
+    fsdp: Annotated[int, "number of devices that share each large leaf of the trainables"] = 1
+    shard_frozen: Annotated[bool, "share the frozen base in the same way"] = False
+    log_every: Annotated[int, "interval of logged metrics"] = 1
+    validate_every: Annotated[int, "interval of held-out losses"] = 0
+    preview_every: Annotated[int, "interval of previews"] = 0
+    checkpoint_every: Annotated[int, "interval of checkpoints; the last step writes one in any case"] = 100
+    keep_checkpoints: Annotated[int, "number of checkpoints that are kept"] = 2
+    profile: Annotated[tuple[int, int] | None, "(first step, number of steps) traced into output/profile"] = None
+    wandb: Annotated[str | None, "project of Weights & Biases that metrics go to"] = None
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One experiment."""
 
-    system: (
-        FairHumanConfig
-        | HumanSDConfig
-        | SubjectModelConfig
-        | SceneModelConfig
-        | TextToImageConfig
-        | AutoencoderConfig
-        | PoseNetworkConfig
-        | IdentityEncoderConfig
-    )
-    output: str
+    system: Annotated[SystemConfig, "what trains"]
+    output: Annotated[str, "folder of the run"]
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizers: Annotated[
+        tuple[tuple[str, OptimizerConfig], ...], "optimisers of single players, by name, instead of `optimizer`"
+    ] = ()
     fair: FairConfig = field(default_factory=FairConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def optimizer_of(self, player: str) -> OptimizerConfig:
+        """The optimiser of a player of the step."""
+        return dict(self.optimizers).get(player, self.optimizer)
+
+
+def check_resumed(config: RunConfig) -> None:
+    """Holds a configuration against the one that its run began with, but for the `FREE` fields.
+
+    Raises: ConfigError that names each field that differs; ValueError for a stored configuration that cannot be read.
+    """
+    path = Path(config.output) / CONFIG
+    if not path.is_file():
+        return
+    stored: dict[str, Any] = read_json(path)
+    found = [
+        f"{key} is {given!r}, but the run has {old!r}"
+        for key, old, given in differences(stored, to_dict(config))
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE)
+    ]
+    if found:
+        raise ConfigError(
+            f"{path}: the run began with another configuration: {'; '.join(found)}; give those, or another output"
+        )

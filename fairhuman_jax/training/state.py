@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from fairhuman_jax.contract import Parts, Phase
 from fairhuman_jax.training.combining import FairConfig, FairState, init_fair
+from fairhuman_jax.training.objectives import moved
 
 PyTree = Any
 OPTIMIZERS = ("adamw", "lion", "adafactor")
@@ -19,50 +22,59 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a resumed run needs, as one pytree; the frozen base is not part of it."""
+    """Everything that a resumed run needs, as one pytree; the frozen base is not part of it.
+
+    optimizers: optimiser state by player. fair: state of the combiner by phase. ema and ema_statistics: moving averages
+    of trainables and statistics, None where none are kept. skipped: steps without a finite gradient, by phase.
+    """
 
     step: jax.Array
     trainable: PyTree
-    opt_state: optax.OptState
+    statistics: PyTree
+    optimizers: dict[str, optax.OptState]
     ema: PyTree | None
-    fair: FairState
+    ema_statistics: PyTree | None
+    fair: dict[str, FairState]
     key: jax.Array
-    skipped: jax.Array
+    skipped: dict[str, jax.Array]
 
     @property
     def averaged(self) -> PyTree:
         """The trainables to evaluate and export: the moving average where one is kept."""
         return self.trainable if self.ema is None else self.ema
 
+    def parts(self, frozen: PyTree) -> Parts:
+        """The parts to evaluate and export."""
+        statistics = self.statistics if self.ema_statistics is None else self.ema_statistics
+        return Parts(self.averaged, statistics, frozen)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimiser, its rate over time and the clip of the global gradient norm.
 
-    name: adamw, lion (Chen et al. 2023; one moment; about a tenth of AdamW's rate) or adafactor (Shazeer and Stern
-    2018; factored second moments; without first moments and relative step sizes here). eps is AdamW's alone; b1 and b2
-    are not Adafactor's. moment_dtype: of the first moment; bfloat16 halves it. schedule: constant, linear or cosine,
-    the latter two down to `final_fraction` of the peak, after `warmup_steps` of linear rise. Matrices decay by
-    `weight_decay`, biases and norm scales do not. rate_scales: factors of the rate for parts of the trainables, by
-    their names, as (("pose_kernel", 20.0),).
+    Matrices decay by `weight_decay`, biases and norm scales do not. Sources: AdamW, Loshchilov and Hutter 2019; Lion,
+    Chen et al. 2023; Adafactor, Shazeer and Stern 2018, without first moments and relative step sizes.
     """
 
-    name: str = "adamw"
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    final_fraction: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    moment_dtype: str = "float32"
-    weight_decay: float = 0.01
-    clip_norm: float | None = 1.0
-    rate_scales: tuple[tuple[str, float], ...] = ()
+    name: Annotated[str, "adamw, lion (about a tenth of AdamW's rate) or adafactor (factored second moments)"] = "adamw"
+    learning_rate: Annotated[float, "peak of the learning rate"] = 1e-4
+    schedule: Annotated[str, "constant, linear or cosine decay of the rate"] = "constant"
+    warmup_steps: Annotated[int, "number of steps of linear rise before that"] = 0
+    final_fraction: Annotated[float, "fraction of the peak at which linear and cosine decay end"] = 0.0
+    b1: Annotated[float, "decay of the first moment; not adafactor's"] = 0.9
+    b2: Annotated[float, "decay of the second moment; not adafactor's"] = 0.999
+    eps: Annotated[float, "added to AdamW's denominator"] = 1e-8
+    moment_dtype: Annotated[str, "dtype of the first moment; bfloat16 halves its memory"] = "float32"
+    weight_decay: Annotated[float, "decay of matrices per step, times the rate"] = 0.01
+    clip_norm: Annotated[float | None, "largest norm of the gradient; None does not clip"] = 1.0
+    rate_scales: Annotated[
+        tuple[tuple[str, float], ...], 'factors of the rate for parts of the trainables, as (("pose_kernel", 20.0),)'
+    ] = ()
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate by optimiser step of a run of `steps`. Errors: an unknown schedule."""
+    """The rate by optimiser step of a run of `steps`. Raises: ValueError for an unknown schedule."""
     after, peak = max(steps - config.warmup_steps, 1), config.learning_rate
     if config.schedule == "constant":
         main = optax.constant_schedule(peak)
@@ -81,7 +93,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser of a run of `steps`; the clip of the gradient's norm is the train step's, which knows the norm.
 
-    Errors: an unknown name, schedule or dtype; when it first sees the trainables, a part that they do not have.
+    Raises: ValueError for an unknown name, schedule or dtype, and, when the optimiser first sees the trainables, for a
+    part that they do not have.
     """
     whole = _one_rate(config, steps)
     return optax.chain(whole, _scale_parts(dict(config.rate_scales))) if config.rate_scales else whole
@@ -139,20 +152,37 @@ def _decaying(tree: PyTree) -> PyTree:
 
 def init_state(
     trainable: PyTree,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
     key: jax.Array,
     *,
     ema: bool,
-    fair: FairState | None = None,
+    fair: FairState | Mapping[str, FairState] | None = None,
+    phases: Sequence[Phase] = (),
+    statistics: PyTree = (),
 ) -> TrainState:
-    """Step 0. The moving average, where asked for, starts as a copy of the trainables; `fair` is `init_fair`'s, which a
-    system of one objective does not need."""
+    """Step 0.
+
+    optimizer: one for all players, or one by player; fair: `init_fair`'s, of the only phase or by phase (not needed for
+    one objective); phases: those of the system, () for a single one that moves everything; statistics: the running
+    ones. Moving averages, where asked for, start as copies.
+    """
+    phases = tuple(phases) or (Phase(),)
+    own = {}
+    for phase in phases:
+        one = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer[phase.player]
+        if phase.player not in own:
+            own[phase.player] = one.init(moved(phase, trainable))
+    if not isinstance(fair, Mapping):
+        fair = {phases[0].name: fair} if fair is not None else {}
+    statistics = statistics or {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
-        opt_state=optimizer.init(trainable),
+        statistics=statistics,
+        optimizers=own,
         ema=jax.tree.map(jnp.copy, trainable) if ema else None,
-        fair=init_fair(FairConfig(method="single"), 1) if fair is None else fair,
+        ema_statistics=jax.tree.map(jnp.copy, statistics) if ema else None,
+        fair={phase.name: fair.get(phase.name) or init_fair(FairConfig(method="single"), 1) for phase in phases},
         key=key,
-        skipped=jnp.zeros((), jnp.int32),
+        skipped={phase.name: jnp.zeros((), jnp.int32) for phase in phases},
     )

@@ -15,7 +15,7 @@ import optax
 import pytest
 from tiny_models import QUICK, assert_trees_close
 
-from fairhuman_jax.contract import sample_keys
+from fairhuman_jax.contract import System, sample_keys
 from fairhuman_jax.devices.sharding import Shard, box, leaf_specs, make_mesh, place, shard_batch, unbox
 from fairhuman_jax.models.layers import Conv, Linear
 from fairhuman_jax.models.transformer import rematerialise
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Regions:
+class Regions(System):
     """One trainable network after a frozen one; three masked squared errors of its output."""
 
     def predict(self, trainable, frozen, batch, key):
@@ -115,7 +115,7 @@ def alone(accumulate=1):
 
 def assert_same_run(found, expected, tolerance=1e-5):
     (state, records), (other, wanted) = found, expected
-    parts = ("trainable", "opt_state", "ema", "fair")
+    parts = ("trainable", "optimizers", "ema", "fair")
     assert_trees_close(*([jax.device_get(getattr(s, part)) for part in parts] for s in (state, other)), tolerance)
     for record, want in zip(records, wanted, strict=True):
         assert record.keys() == want.keys()
@@ -213,10 +213,10 @@ def test_a_step_between_refreshes_follows_the_last_coefficients():
     solved, (first,) = run(steps=1)
     for name in NAMES:
         assert record[f"weight/{name}"] == pytest.approx(first[f"weight/{name}"], rel=1e-4)
-    np.testing.assert_allclose(state.fair.coefficients, solved.fair.coefficients, rtol=1e-4)
+    np.testing.assert_allclose(state.fair["all"].coefficients, solved.fair["all"].coefficients, rtol=1e-4)
     assert not any(name.startswith(("cosine/", "norm/")) for name in record)
 
-    coefficients, batch = np.asarray(solved.fair.coefficients), list(batches(2))[1]
+    coefficients, batch = np.asarray(solved.fair["all"].coefficients), list(batches(2))[1]
     batch |= {"position": np.arange(16)}
     key = jax.random.fold_in(jax.random.key(3), 1)
 

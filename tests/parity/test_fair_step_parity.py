@@ -20,6 +20,7 @@ from tiny_models import (
     trained_lora,
 )
 
+from fairhuman_jax.contract import Parts, WholePhase
 from fairhuman_jax.losses import make_combiner
 from fairhuman_jax.systems.fairhuman.system import FairHuman
 from fairhuman_jax.systems.fairhuman.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable
@@ -100,7 +101,11 @@ def torch_losses(output, target, batch):
 
 
 def our_gradients(system, trainable, batch):
-    step = quick_jit(lambda tree, batch: task_gradients(system, tree, system.pipeline.params, batch, KEY))
+    step = quick_jit(
+        lambda tree, batch: task_gradients(
+            WholePhase(system=system), Parts(tree, {}, system.pipeline.params), batch, KEY
+        )
+    )
     return step(trainable, batch)
 
 
@@ -197,7 +202,7 @@ def test_controlnet(tmp_path):
     tree = {"controlnet": random_params(network, 20)}  # no convolution at zero, so that all of it has a gradient
     given, target = asked_of(trainable, tree, batch, pipeline)
     unet = torch_unet(system, tmp_path / "unet")
-    twin = diffusers.ControlNetModel.from_pretrained(system.export(tree, {}, tmp_path / "net", {}))
+    twin = diffusers.ControlNetModel.from_pretrained(system.export(Parts(tree, {}, {}), tmp_path / "net", {}))
     latents, times, text = nchw(given["latents"]), as_torch(given["timesteps"]), as_torch(given["text"])
     condition = nchw(batch["conditioning_image"]) / 255.0
     down, middle = twin(latents, times, text, condition, return_dict=False)
@@ -215,7 +220,7 @@ def test_adapter(tmp_path):
     tree = {"adapter": random_params(network, 21)}
     given, target = asked_of(trainable, tree, batch, pipeline)
     unet = torch_unet(system, tmp_path / "unet")
-    twin = diffusers.T2IAdapter.from_pretrained(system.export(tree, {}, tmp_path / "net", {}))
+    twin = diffusers.T2IAdapter.from_pretrained(system.export(Parts(tree, {}, {}), tmp_path / "net", {}))
     features = twin(nchw(batch["conditioning_image"]) / 255.0)
     arguments = nchw(given["latents"]), as_torch(given["timesteps"]), as_torch(given["text"])
     output = unet(*arguments, down_intrablock_additional_residuals=list(features)).sample

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import SIZE, control_batch, quick_jit
 from tiny_pose import JOINTS, THRESHOLD, humansd, spots_variables
 
-from fairhuman_jax.contract import sample_keys
+from fairhuman_jax.contract import Parts, WholePhase, sample_keys
 from fairhuman_jax.systems.humansd.system import POSE_STREAM, WEIGHT_STREAM, joined
 from fairhuman_jax.training.objectives import task_gradients
 from fairhuman_jax.weights import save_model
@@ -105,7 +105,7 @@ def torch_loss(loss, twins, batch):
 def test_step(loss, twins):
     system, batch = humansd(loss=loss, pose_latent="sample"), control_batch(4, cached=False)
     trainable, frozen = system.init(KEY)
-    step = quick_jit(lambda tree, batch: task_gradients(system, tree, frozen, batch, KEY))
+    step = quick_jit(lambda tree, batch: task_gradients(WholePhase(system=system), Parts(tree, {}, frozen), batch, KEY))
     gradients, losses = step(trainable, batch)
     expected_loss = torch_loss(loss, twins, batch)
     np.testing.assert_allclose(losses["denoising"], expected_loss.item(), rtol=TOLERANCE)

@@ -22,6 +22,7 @@ from tiny_models import (
 )
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
+from fairhuman_jax.contract import Parts
 from fairhuman_jax.diffusion import NoiseSchedule
 from fairhuman_jax.drawing.requests import draw_latents, make_request
 from fairhuman_jax.models import ControlNet, T2IAdapter, UNet2DCondition
@@ -202,7 +203,7 @@ def test_what_a_trainer_exports_draws_the_same(tmp_path, part):
     trainable = ControlNetTrainable() if part == "controlnet" else AdapterTrainable(num_res_blocks=1)
     system = FairHumanConfig(trainable=trainable).attach(pipeline)
     tree = random_network(system)
-    folder = system.export(tree, {}, tmp_path / "export", {})
+    folder = system.export(Parts(tree, {}, {}), tmp_path / "export", {})
     kind, network, strength = {
         "controlnet": ("StableDiffusionControlNetPipeline", "ControlNetModel", "controlnet_conditioning_scale"),
         "adapter": ("StableDiffusionAdapterPipeline", "T2IAdapter", "adapter_conditioning_scale"),

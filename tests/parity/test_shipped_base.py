@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
-from fairhuman_jax.bases.opening import open_pipeline
+from fairhuman_jax.bases.opening import open_base
 from fairhuman_jax.drawing.requests import draw_images, make_request
 
 PROMPTS = [
@@ -28,7 +28,7 @@ def folder() -> Path:
 
 
 def test_same_picture_as_diffusers(folder):
-    system = LatentDiffusion(open_pipeline("people"))
+    system = LatentDiffusion(open_base("people"))
     noise = np.random.default_rng(0).normal(size=(2, 16, 16, 8)).astype(np.float32)
     request = make_request(system, PROMPTS, [0, 1], steps=STEPS, guidance=GUIDANCE, size=(64, 64))
     request = request.replace(latents=noise)
@@ -58,6 +58,6 @@ def test_size_and_format(folder):
 
 
 def test_every_caption_word_is_one_token():
-    tokenizer = open_pipeline("people").tokenizers[0]
+    tokenizer = open_base("people").tokenizers[0]
     words = PROMPTS[0].replace(",", " ,").split()
     assert len(tokenizer(PROMPTS[0])["input_ids"]) == len(words) + 2 + PROMPTS[0].count("-") * 2

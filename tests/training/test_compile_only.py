@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from tiny_models import SMALL_UNET, random_params, tiny_pipeline
 
 from fairhuman_jax.config import load_config
+from fairhuman_jax.contract import System, SystemConfig
 from fairhuman_jax.devices.sharding import AXES, make_mesh
 from fairhuman_jax.models import UNet2DCondition
 from fairhuman_jax.systems.fairhuman.system import FairHumanConfig
@@ -36,10 +37,10 @@ def base(tmp_path_factory):
 
 
 @dataclasses.dataclass(frozen=True)
-class Brightness:
+class Brightness(System, SystemConfig):
     """A system of one number, and its own configuration."""
 
-    def build(self):
+    def build(self, shapes=False):
         return self
 
     def init(self, key):
@@ -160,12 +161,12 @@ def test_subject_and_scene_models_have_shapes(name):
 
 def test_published_subject_models_need_no_download():
     config = load_config(CONFIGS / "facediffuser_sdm.py")
-    system = module.abstract_system(config.system)
+    system = config.system.build(shapes=True)
     assert {type(leaf) for leaf in jax.tree.leaves(system.pipeline.params)} == {jax.ShapeDtypeStruct}
     assert system.image_encoder.config["num_hidden_layers"] == 24
     unknown = dataclasses.replace(config.system, image_encoder="somebody/elses")
     with pytest.raises(FileNotFoundError, match=r"somebody/elses: no such folder, nor .*openai/clip-vit-large-patch14"):
-        module.abstract_system(unknown)
+        unknown.build(shapes=True)
 
 
 # ---- reports and refusals --------------------------------------------------------------------------------------------

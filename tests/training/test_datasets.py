@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models import SIZE, write_folder
 
 from fairhuman_jax.config import ConfigError, apply_overrides
+from fairhuman_jax.contract import System
 from fairhuman_jax.data.folder import FolderDataset
 from fairhuman_jax.data.keypoint_transforms import PoseTransform
 from fairhuman_jax.data.pose_files import MappingDataset
@@ -24,8 +25,10 @@ from fairhuman_jax.training.encoded_folder import encode_folder
 from fairhuman_jax.training.run_config import DataConfig, TrainConfig
 
 
-class Pooling:
+class Pooling(System):
     """An encoder that averages 2 x 2 pixels, and a tokenizer that counts letters."""
+
+    encodes = ("image",)
 
     def encode_image(self, params, image):
         count, height, width, _ = image.shape
@@ -37,7 +40,7 @@ class Pooling:
         return {"input_ids": np.array([[len(caption)] for caption in captions], np.int32)}
 
 
-class Textless:
+class Textless(System):
     def tokenize(self, captions):
         return {}
 

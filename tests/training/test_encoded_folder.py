@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tiny_models import SIZE, write_folder
 
+from fairhuman_jax.contract import System
 from fairhuman_jax.data.folder import FolderDataset
 from fairhuman_jax.data.pictures import BadSample
 from fairhuman_jax.data.shards import ShardedDataset
@@ -23,8 +24,10 @@ from fairhuman_jax.training.latents import encode_samples
 from fairhuman_jax.training.run_config import DataConfig, TrainConfig
 
 
-class Encoders:
+class Encoders(System):
     """Images to scaled means of 2 x 2 pixels, letters to numbers; both scaled by a parameter."""
+
+    encodes = ("image", "text")
 
     def encode_image(self, params, image):
         count, height, width, _ = image.shape
@@ -160,20 +163,21 @@ def test_values_beyond_float16_are_refused(data):
 CONFIG = """
 from dataclasses import dataclass, field
 from test_encoded_folder import PARAMS, Encoders
+from fairhuman_jax.contract import SystemConfig
 from fairhuman_jax.training.run_config import DataConfig, TrainConfig
 
-class System(Encoders):
+class Constant(Encoders):
     def init(self, key):
         return {}, PARAMS
 
 @dataclass(frozen=True)
-class SystemConfig:
-    def build(self):
-        return System()
+class ConstantConfig(SystemConfig):
+    def build(self, shapes=False):
+        return Constant()
 
 @dataclass(frozen=True)
 class Config:
-    system: SystemConfig = SystemConfig()
+    system: ConstantConfig = ConstantConfig()
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

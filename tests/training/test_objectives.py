@@ -18,6 +18,7 @@ from tiny_models import (
     trained_lora,
 )
 
+from fairhuman_jax.contract import Parts, WholePhase
 from fairhuman_jax.devices.sharding import leaf_specs, make_mesh, place, shard_batch
 from fairhuman_jax.losses import fair_combine
 from fairhuman_jax.training.combining import FairConfig, init_fair
@@ -89,7 +90,9 @@ def test_rematerialised_and_unrolled_networks_give_the_same(system, gradients, s
     if not scan:
         frozen, tree, expected = unstacked(frozen), unstacked(tree), unstacked(expected, axis=1)
     batch = random_batch()
-    found, losses = quick_jit(lambda t: task_gradients(other, t, frozen, batch, KEY))(tree)
+    found, losses = quick_jit(lambda t: task_gradients(WholePhase(system=other), Parts(t, {}, frozen), batch, KEY))(
+        tree
+    )
     assert_trees_close(found, expected, 1e-4)  # entries of 1e-9 beside activations of 1: rounding of the forward pass
     assert_trees_close(losses, gradients[1])
 
@@ -98,7 +101,11 @@ def test_accumulated_over_micro_batches_equal_one_batch(system, gradients):
     """Acceptance fact 13."""
     frozen, batch = system.pipeline.params, random_batch()
     tree = trained_lora(system)
-    step = quick_jit(lambda t: mean_over_micro_batches(lambda b: task_gradients(system, t, frozen, b, KEY), batch, 4))
+    step = quick_jit(
+        lambda t: mean_over_micro_batches(
+            lambda b: task_gradients(WholePhase(system=system), Parts(t, {}, frozen), b, KEY), batch, 4
+        )
+    )
     found, losses = step(tree)
     assert_trees_close(found, gradients[0])
     assert tuple(losses) == NAMES

@@ -11,6 +11,7 @@ from tiny_models import SIZE, write_folder
 from tiny_subjects import CAPTION, write_subjects
 
 from fairhuman_jax.config import ConfigError, apply_overrides, from_json, to_json
+from fairhuman_jax.contract import System
 from fairhuman_jax.data.people.subjects import PeopleSubjects
 from fairhuman_jax.data.subject_folder import MARKER, SubjectDataset
 from fairhuman_jax.data.subject_transforms import SubjectConfig, SubjectTransform
@@ -23,7 +24,7 @@ from fairhuman_jax.training.run_config import DataConfig, RunConfig, TrainConfig
 SUBJECTS = SubjectConfig(max_objects=2, object_resolution=8, uncondition_prob=0.25, identities=4, references=2)
 
 
-class Letters:
+class Letters(System):
     """A tokenizer that keeps the caption: its letters, padded."""
 
     def tokenize(self, captions):
@@ -32,6 +33,8 @@ class Letters:
 
 class Encoding(Letters):
     """A system that could encode pictures once."""
+
+    encodes = ("image",)
 
     def encode_image(self, params, image):
         return image, image

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.bases.conditioning import Conditioning
-from fairhuman_jax.bases.opening import open_pipeline
+from fairhuman_jax.bases.opening import open_base
 from fairhuman_jax.diffusion import (
     BASELINES,
     FusionMaps,
@@ -74,15 +74,19 @@ class FaceDiffuser(SubjectDiffusion):
     Parameters: those of SubjectDiffusion, and "scene_unet", of the same network as "unet".
     """
 
-    def sample_staged(self, params: Params, request: StagedRequest, key: jax.Array) -> jax.Array:
-        """Images [N, H, W, 3] in [-1, 1]; each depends on its own seed alone."""
-        return self.decode(params, draw_staged_latents(self, params, request, key)[0])
 
-    def sample_with_maps(self, params: Params, request: StagedRequest, key: jax.Array) -> tuple[jax.Array, FusionMaps]:
-        """(images, what fused the rows of stage 2) of a request whose `stages` are constants."""
-        latents, maps = draw_staged_latents(self, params, request, key, return_maps=True)
-        assert maps is not None, "asked for"
-        return self.decode(params, latents), maps
+def draw_staged(system: SubjectDiffusion, params: Params, request: StagedRequest, key: jax.Array) -> jax.Array:
+    """Images [N, H, W, 3] in [-1, 1] by both models in stages; each depends on its own seed alone."""
+    return system.decode(params, draw_staged_latents(system, params, request, key)[0])
+
+
+def draw_with_maps(
+    system: SubjectDiffusion, params: Params, request: StagedRequest, key: jax.Array
+) -> tuple[jax.Array, FusionMaps]:
+    """(images, the maps that fused the steps of stage 2) of a request whose `stages` are constants."""
+    latents, maps = draw_staged_latents(system, params, request, key, return_maps=True)
+    assert maps is not None, "the call returns maps"
+    return system.decode(params, latents), maps
 
 
 def draw_staged_latents(
@@ -255,7 +259,7 @@ def open_staged(
     pipeline, encoder, postfuse, params = load_subject_model(base, dtype=dtype, **options)
     params = dict(params)
     if scene is not None:
-        other = open_pipeline(scene, dtype=dtype, **options)
+        other = open_base(scene, dtype=dtype, **options)
         if other.unet.to_config() != pipeline.unet.to_config():
             raise ValueError(f"{scene}: its denoiser has another config than that of the subject model {base}")
         if not _agree(other.params["text_encoder"], params["text_encoder"]):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fairhuman_jax.contract import Job
 from fairhuman_jax.data.object_augmentation import squared
+from fairhuman_jax.devices.programs import KeptProgram
 from fairhuman_jax.diffusion import BASELINES, FusionMaps
 from fairhuman_jax.drawing.options import BaseModel, Opened, Options, Request, Sampling
 from fairhuman_jax.drawing.pictures import checked_size, pixels_of
@@ -26,6 +27,8 @@ from fairhuman_jax.systems.facediffuser.fusion import (
     FaceDiffuser,
     StagedRequest,
     draw_delayed,
+    draw_staged,
+    draw_with_maps,
     make_staged_request,
     open_staged,
 )
@@ -119,11 +122,8 @@ class FaceDiffuserPipeline(BatchPipeline):
         super().__init__(options, mesh, params)
         self.system = system
         # The request says how the fusion works, so one program of each kind serves all options.
-        self._programs: dict[str, Callable[..., Any]] = {
-            "delayed": jax.jit(lambda params, request, key, _: draw_delayed(system, params, request, key)),
-            "staged": jax.jit(lambda params, request, key, _: system.sample_staged(params, request, key)),
-            "maps": jax.jit(lambda params, request, key, _: system.sample_with_maps(params, request, key)),
-        }
+        drawers = {"delayed": draw_delayed, "staged": draw_staged, "maps": draw_with_maps}
+        self._programs = {kind: KeptProgram(partial(_drawn, drawer, system)) for kind, drawer in drawers.items()}
 
     @classmethod
     def jobs(cls, options: Any) -> list[Job]:
@@ -209,6 +209,11 @@ def _request(
         constant_stages=options.save_maps,
         **given,
     )
+
+
+def _drawn(drawer: Callable[..., Any], system: FaceDiffuser, params: Any, request: Any, key: jax.Array, _: Any) -> Any:
+    """A drawing function with the arguments of a pipeline's program; no LoRA is read."""
+    return drawer(system, params, request, key)
 
 
 def _planned(options: Any) -> list[Job]:

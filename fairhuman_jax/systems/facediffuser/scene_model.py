@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
-from fairhuman_jax.bases.opening import computing_in, open_pipeline, trained
-from fairhuman_jax.contract import Batch, PreviewConfig
+from fairhuman_jax.bases.opening import computing_in, open_base, trained
+from fairhuman_jax.contract import Batch, Parts, PreviewConfig, SystemConfig
 from fairhuman_jax.drawing.requests import SampleRequest, draw_images, preview_request
 from fairhuman_jax.losses import denoising_loss
 from fairhuman_jax.weights import (
@@ -27,7 +27,7 @@ PyTree = Any
 
 
 @dataclass(frozen=True)
-class SceneModelConfig:
+class SceneModelConfig(SystemConfig):
     """Training of a scene model: all of a denoiser on captions alone.
 
     base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one. remat: none, full,
@@ -39,9 +39,13 @@ class SceneModelConfig:
     attention: str = "auto"
     dtype: str = "float32"
 
-    def build(self) -> SceneModel:
-        """Reads the base. Errors: files that are not there, cannot be read or do not fit."""
-        return self.attach(open_pipeline(self.base, remat=self.remat, attention=self.attention))
+    def build(self, shapes: bool = False) -> SceneModel:
+        """Reads the base. Raises: FileNotFoundError and ValueError for files that are not there or cannot be read."""
+        return self.attach(open_base(self.base, shapes=shapes, remat=self.remat, attention=self.attention))
+
+    def drawn_by(self, export: Path) -> dict[str, Any]:
+        """The exported pipeline."""
+        return {"system": "text", "base": str(export)}
 
     def attach(self, pipeline: Pipeline) -> SceneModel:
         """The system around an open pipeline, whose parameters are float32 or shapes."""
@@ -79,7 +83,9 @@ class SceneModel(LatentDiffusion):
         """The configured prompts at the size of the training images (`preview_request`)."""
         return preview_request(self, config, held_out)
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+    def export(self, parts: Parts, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes the pipeline as a diffusers folder in float16 and returns it."""
-        save_pipeline(dataclasses.replace(self.pipeline, params={**frozen, **trainable}), folder, dtype="float16")
+        save_pipeline(
+            dataclasses.replace(self.pipeline, params={**parts.frozen, **parts.trainable}), folder, dtype="float16"
+        )
         return folder

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.bases.conditioning import Conditioning
-from fairhuman_jax.bases.opening import computing_in, open_image_encoder, open_pipeline, trained
-from fairhuman_jax.contract import Batch, PreviewConfig, sample_keys
+from fairhuman_jax.bases.opening import computing_in, open_base, open_image_encoder, trained
+from fairhuman_jax.contract import Batch, Parts, PreviewConfig, SystemConfig, sample_keys
 from fairhuman_jax.losses import localization_loss, object_mask, object_masked_loss
 from fairhuman_jax.models import CLIPVision, Postfuse
 from fairhuman_jax.systems.facediffuser.fusion import StagedRequest, draw_delayed, make_staged_request
@@ -30,13 +30,15 @@ from fairhuman_jax.weights import (
     load_subject_model,
     save_subject_model,
 )
+from fairhuman_jax.weights.shapes import image_encoder_config
+from fairhuman_jax.weights.shipped import or_shipped
 
 PyTree = Any
 COIN_STREAM = 2**31 - 4  # folded into the step's key; no batch has so many positions
 
 
 @dataclass(frozen=True)
-class SubjectModelConfig:
+class SubjectModelConfig(SystemConfig):
     """Training of a subject model: the denoiser, the fusion and the last layers of the image encoder.
 
     base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one. image_encoder: a
@@ -72,18 +74,30 @@ class SubjectModelConfig:
         if self.compat not in (None, "reference"):
             raise ValueError(f"compat is {self.compat!r}; known: None, reference")
 
-    def build(self) -> SubjectModel:
-        """Reads base and image encoder. Errors: files that cannot be read; networks that do not fit together."""
+    def build(self, shapes: bool = False) -> SubjectModel:
+        """Reads base and image encoder; a subject model to go on from is read with `shapes` too.
+
+        Raises: FileNotFoundError and ValueError for files that cannot be read or networks that do not fit together.
+        """
         runtime: dict[str, Any] = {"remat": self.remat, "attention": self.attention}
         if self.image_encoder is None:
             begun = load_subject_model(self.base, dtype="float32", **runtime)
             parts = {name: begun.params[name] for name in ("image_encoder", "postfuse")}
             return self.attach(begun.pipeline, begun.image_encoder, parts)
-        pipeline = open_pipeline(self.base, **runtime)
+        pipeline = open_base(self.base, shapes=shapes, **runtime)
+        if shapes:
+            encoder: Any = self.image_encoder
+            if isinstance(encoder, str):
+                encoder = image_encoder_config(or_shipped(encoder, "people_identity"))
+            return self.attach(pipeline, CLIPVision.from_config(encoder, **runtime), {})
         if isinstance(self.image_encoder, str):
             encoder, params = open_image_encoder(self.image_encoder, dtype="float32", **runtime)
             return self.attach(pipeline, encoder, {"image_encoder": params})
         return self.attach(pipeline, CLIPVision.from_config(self.image_encoder, **runtime), {})
+
+    def drawn_by(self, export: Path) -> dict[str, Any]:
+        """The exported subject model, alone."""
+        return {"system": "facediffuser", "base": str(export), "delayed": True}
 
     def attach(self, pipeline: Pipeline, encoder: CLIPVision, begun: dict[str, PyTree]) -> SubjectModel:
         """The system around open networks; of image_encoder and postfuse what is not in `begun` starts at random.
@@ -208,9 +222,9 @@ class SubjectModel(SubjectDiffusion):
         )
         return request, [prompt.replace(MARKER, "*") for prompt in config.prompts]
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+    def export(self, parts: Parts, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes the pipeline as a diffusers folder, with image_encoder and postfuse in it, in float16."""
-        params = self.joined(trainable, frozen)
+        params = self.joined(parts.trainable, parts.frozen)
         pipeline = dataclasses.replace(self.pipeline, params=params)
         save_subject_model(
             SubjectPipeline(pipeline, self.image_encoder, self.postfuse, params), folder, dtype="float16"

@@ -16,7 +16,7 @@ import numpy as np
 
 from fairhuman_jax.bases.conditioning import Conditioning
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
-from fairhuman_jax.contract import Batch
+from fairhuman_jax.contract import Batch, Shapes
 from fairhuman_jax.models import COLUMNS, CLIPVision, Postfuse, embed_subjects, watched_columns
 from fairhuman_jax.weights import tokenize_subjects
 
@@ -37,6 +37,14 @@ class SubjectDiffusion(LatentDiffusion):
     postfuse: Postfuse = field(kw_only=True)
     slots: int = field(default=4, kw_only=True)
     compat: str | None = field(default=None, kw_only=True)
+
+    def reads(self, offered: Shapes, *, latents: bool = False, text: bool = False) -> Shapes:
+        """As of every base, with the subjects' words; text is encoded with its subjects, so never beforehand."""
+        shapes = super().reads(offered, latents=latents)
+        count = next(iter(shapes.values())).shape[0]
+        shapes["subject_positions"] = jax.ShapeDtypeStruct((count, self.slots), jnp.int32)
+        shapes["subject_valid"] = jax.ShapeDtypeStruct((count, self.slots), jnp.bool_)
+        return shapes
 
     def tokenize(self, captions: Sequence[str], chunks: int | None = None) -> dict[str, np.ndarray]:
         """Captions -> {"input_ids" int32 [B, L], "subject_positions" int32 [B, slots], "subject_valid" bool}.

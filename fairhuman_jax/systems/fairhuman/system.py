@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
-from fairhuman_jax.bases.opening import open_pipeline
-from fairhuman_jax.contract import Batch, PreviewConfig, check_fixed, sample_keys
+from fairhuman_jax.bases.opening import open_base
+from fairhuman_jax.contract import Batch, Parts, PreviewConfig, SystemConfig, check_fixed, sample_keys
 from fairhuman_jax.diffusion import NoiseSchedule, snr
 from fairhuman_jax.drawing.requests import SampleRequest, draw_images, preview_request
 from fairhuman_jax.losses import latent_mask, min_snr_weight, region_losses, x0_weight
@@ -29,7 +29,7 @@ DROPOUT_STREAM = 2**31 - 1  # folded into the step's key; no batch has so many p
 
 
 @dataclass(frozen=True)
-class FairHumanConfig:
+class FairHumanConfig(SystemConfig):
     """Three objectives on what a `trainable` adds to a frozen base.
 
     base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one; vae: another
@@ -73,14 +73,22 @@ class FairHumanConfig:
         if self.control_dropout and not self.trainable.CONDITIONED:
             raise ValueError("control_dropout is for a ControlNet or an adapter; a LoRA reads no condition image")
 
-    def build(self) -> FairHuman:
-        """Reads the base model, and the trainable's start. Errors: files that are not there or cannot be read."""
+    def build(self, shapes: bool = False) -> FairHuman:
+        """Reads the base model, and the trainable's start.
+
+        With `shapes` another `vae` is not looked for: its shapes are those of the base's.
+        Raises: FileNotFoundError and ValueError for files that are not there or cannot be read.
+        """
         runtime: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention}
-        pipeline = open_pipeline(self.base, **runtime)
-        if self.vae is not None:
+        pipeline = open_base(self.base, shapes=shapes, **runtime)
+        if self.vae is not None and not shapes:
             vae, params = load_model(self.vae, **runtime)
             pipeline = replace(pipeline, vae=vae, params=pipeline.params | {"vae": params})
         return self.attach(pipeline)
+
+    def drawn_by(self, export: Path) -> dict[str, Any]:
+        """The base with the exported LoRA, ControlNet or T2I-Adapter."""
+        return {"system": "text", "base": self.base, self.trainable.OPTION: (str(export),)}
 
     def attach(self, pipeline: Pipeline, kind: type[FairHuman] | None = None) -> FairHuman:
         """The system around an open pipeline, whose parameters may be shapes; `kind` is `FairHuman` or a subclass."""
@@ -145,9 +153,9 @@ class FairHuman(LatentDiffusion):
         """The configured prompts at the size of the training images (`preview_request`)."""
         return preview_request(self, config, held_out)
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+    def export(self, parts: Parts, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes a LoRA file, or the folder of a ControlNet or T2I-Adapter, as diffusers reads them."""
-        return self.part.export(trainable, folder)
+        return self.part.export(parts.trainable, folder)
 
     def _conditions(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, ...]:
         """The condition images [B, H, W, 3] in [0, 1]; some black, except where losses are held out."""

@@ -75,6 +75,7 @@ class LoraTrainable:
         "x0_weight": None,
         "timestep_mode": "uniform",
     }
+    OPTION: ClassVar[str] = "lora"  # of sample.py, which draws with it
     CONDITIONED: ClassVar[bool] = False
     WEIGHT_ON_GLOBAL_ONLY: ClassVar[bool] = True
 
@@ -177,6 +178,7 @@ class ControlNetTrainable:
         "timestep_mode": "uniform",
         "noise_offset": 0.0,
     }
+    OPTION: ClassVar[str] = "controlnet"  # of sample.py, which draws with it
     CONDITIONED: ClassVar[bool] = True
     WEIGHT_ON_GLOBAL_ONLY: ClassVar[bool] = False
 
@@ -223,6 +225,7 @@ class AdapterTrainable:
         "timestep_mode": "cubic",
         "noise_offset": 0.0,
     }
+    OPTION: ClassVar[str] = "adapter"  # of sample.py, which draws with it
     CONDITIONED: ClassVar[bool] = True
     WEIGHT_ON_GLOBAL_ONLY: ClassVar[bool] = False
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
-from fairhuman_jax.bases.opening import computing_in, open_pipeline, trained
-from fairhuman_jax.contract import Batch, PreviewConfig, check_fixed, sample_keys
+from fairhuman_jax.bases.opening import computing_in, open_base, trained
+from fairhuman_jax.contract import Batch, Parts, PreviewConfig, SystemConfig, check_fixed, sample_keys
 from fairhuman_jax.diffusion import to_epsilon
 from fairhuman_jax.drawing.requests import SampleRequest, check_pose_latent, draw_images, preview_request
 from fairhuman_jax.losses import denoising_loss, heatmap_mask, heatmap_weight, humansd_loss
@@ -40,7 +40,7 @@ REFERENCE_ADDED = "detailed background, best quality, extremely detailed"
 
 
 @dataclass(frozen=True)
-class HumanSDConfig:
+class HumanSDConfig(SystemConfig):
     """Full training of a denoiser on skeletons.
 
     base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one; its denoiser reads its
@@ -91,12 +91,17 @@ class HumanSDConfig:
                 raise ValueError(f"compat='reference' knows the losses reference and plain, but loss is {self.loss!r}")
             check_fixed(self, self.REFERENCE)
 
-    def build(self) -> HumanSD:
+    def build(self, shapes: bool = False) -> HumanSD:
         """Reads the base and, for its losses, the pose network.
 
-        Errors: a loss without its pose network; files that are not there, cannot be read or do not fit.
+        Raises: ValueError for a loss without its pose network; FileNotFoundError and ValueError for files that are not
+        there, cannot be read or do not fit.
         """
-        return self.attach(open_pipeline(self.base, remat=self.remat, attention=self.attention))
+        return self.attach(open_base(self.base, shapes=shapes, remat=self.remat, attention=self.attention))
+
+    def drawn_by(self, export: Path) -> dict[str, Any]:
+        """The exported pipeline, which reads skeletons."""
+        return {"system": "humansd", "base": str(export), "compat": self.compat}
 
     def attach(self, pipeline: Pipeline) -> HumanSD:
         """The system around an open pipeline, whose parameters are float32 or shapes. Errors: as for `build`."""
@@ -174,9 +179,11 @@ class HumanSD(LatentDiffusion):
             request = dataclasses.replace(request, scheduler=REFERENCE_SCHEDULER, negative_ids=negative)
         return request, titles
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+    def export(self, parts: Parts, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes the pipeline, its denoiser widened, as a diffusers folder in float16 and returns it."""
-        save_pipeline(dataclasses.replace(self.pipeline, params=joined(trainable, frozen)), folder, dtype="float16")
+        save_pipeline(
+            dataclasses.replace(self.pipeline, params=joined(parts.trainable, parts.frozen)), folder, dtype="float16"
+        )
         return folder
 
     def pose_latents(self, params: PyTree, batch: Batch, key: jax.Array) -> jax.Array:

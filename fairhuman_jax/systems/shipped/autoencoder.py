@@ -5,7 +5,7 @@ Source: Rombach et al. 2022 (latent diffusion), appendix G, without the adversar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.contract import Batch, PreviewConfig, sample_keys
+from fairhuman_jax.contract import Batch, Parts, PreviewConfig, System, SystemConfig, sample_keys
 from fairhuman_jax.models import AutoencoderKL
 from fairhuman_jax.weights import save_model
 
@@ -22,7 +22,7 @@ PyTree = Any
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(SystemConfig):
     """vae: config in diffusers' keys; kl_weight: of the latent's divergence from a unit normal, per latent number;
     face_weight, hand_weight: added to the weight 1 of every pixel inside those regions."""
 
@@ -33,14 +33,14 @@ class AutoencoderConfig:
     remat: str = "none"
     dtype: str = "float32"
 
-    def build(self) -> Autoencoder:
+    def build(self, shapes: bool = False) -> Autoencoder:
         """The network, not yet initialised. Errors: config keys that are not supported."""
         vae = AutoencoderKL.from_config(self.vae, dtype=jnp.dtype(self.dtype), remat=self.remat)
         return Autoencoder(vae=vae, config=self)
 
 
 @dataclass(frozen=True, eq=False)
-class Autoencoder:
+class Autoencoder(System):
     """Trainable: the network's parameters. Frozen: nothing. One objective: reconstruction."""
 
     vae: AutoencoderKL
@@ -49,10 +49,6 @@ class Autoencoder:
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Random parameters."""
         return jax.jit(self.vae.init)(key, *self.vae.example_inputs())["params"], {}
-
-    def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """No text is used."""
-        return {}
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"image": reconstruction of one draw of the latent, "mean", "logvar": of its posterior}."""
@@ -86,15 +82,15 @@ class Autoencoder:
         images = held_out["image"][:16]
         return jnp.asarray(images), [""] * len(images)
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+    def export(self, parts: Parts, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes a diffusers AutoencoderKL folder in float16 and returns it.
 
         Its `scaling_factor` is one over the standard deviation of the latents of `held_out`.
         """
-        mean, logvar = self._encode(trainable, jnp.asarray(held_out["image"]))
+        mean, logvar = self._encode(parts.trainable, jnp.asarray(held_out["image"]))
         deviation = float(jnp.sqrt(jnp.var(mean) + jnp.mean(jnp.exp(logvar))))
         vae = AutoencoderKL.from_config(self.vae.to_config() | {"scaling_factor": round(1.0 / deviation, 5)})
-        save_model(vae, trainable, folder, dtype="float16")
+        save_model(vae, parts.trainable, folder, dtype="float16")
         return folder
 
     def _encode(self, params: PyTree, image: jax.Array) -> tuple[jax.Array, jax.Array]:

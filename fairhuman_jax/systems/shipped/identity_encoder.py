@@ -6,7 +6,7 @@ Source: contrastive learning as in CLIP (Radford et al. 2021), with a scene in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairhuman_jax.contract import Batch, PreviewConfig
+from fairhuman_jax.contract import Batch, Parts, PreviewConfig, System, SystemConfig
 from fairhuman_jax.losses import contrastive_loss
 from fairhuman_jax.models import CLIPVision, embed_subjects
 from fairhuman_jax.weights import save_model
@@ -25,13 +25,13 @@ GREY = 0.5  # what hides the rest of a scene
 
 
 @dataclass(frozen=True)
-class IdentityEncoderConfig:
+class IdentityEncoderConfig(SystemConfig):
     """network: config of a CLIP image encoder with projection; temperature: of the contrastive loss."""
 
     network: Mapping[str, Any] = field(default_factory=dict)
     temperature: float = 0.1
 
-    def build(self) -> IdentityEncoder:
+    def build(self, shapes: bool = False) -> IdentityEncoder:
         """The network, not yet initialised. Errors: config keys that are not known; no projection; no temperature."""
         if self.temperature <= 0.0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
@@ -42,7 +42,7 @@ class IdentityEncoderConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class IdentityEncoder:
+class IdentityEncoder(System):
     """Trainable: the encoder's parameters. Frozen: nothing. One objective: contrastive.
 
     A batch is one of subjects (`data.subjects`): `image` uint8 [B, H, W, 3], `object_pixels` uint8 [B, N, S, S, 3],
@@ -56,10 +56,6 @@ class IdentityEncoder:
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Random parameters."""
         return jax.jit(self.network.init)(key, *self.network.example_inputs())["params"], {}
-
-    def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """No text is used."""
-        return {}
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"reference", "scene": embeddings [B N, D], "valid": float [B N], 1 where there is a person}."""
@@ -100,9 +96,9 @@ class IdentityEncoder:
         request = {name: jnp.asarray(held_out[name][:16]) for name in names}
         return request, [""] * len(request["image"])
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+    def export(self, parts: Parts, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes a folder that transformers and `load_model` read, in float16, and returns it."""
-        save_model(self.network, trainable, folder, dtype="float16")
+        save_model(self.network, parts.trainable, folder, dtype="float16")
         return folder
 
 

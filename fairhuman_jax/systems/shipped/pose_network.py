@@ -6,7 +6,7 @@ Sources: Newell et al. 2017 (associative embedding), section 3.2; Cheng et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fairhuman_jax.contract import Batch, PreviewConfig
+from fairhuman_jax.contract import Batch, Parts, PreviewConfig, System, SystemConfig
 from fairhuman_jax.models import HigherHRNet, stage_mean
 from fairhuman_jax.weights import expected_params, save_model
 
 PyTree = Any
 Size = tuple[int, ...]  # (height, width)
+MOMENTUM_STEPS = 20.0  # batches that the running moments of batch norms remember
 LAST_DEVIATION = 1e-3  # of the initial kernels that make heat maps and tags
 
 
 @dataclass(frozen=True)
-class PoseNetworkConfig:
+class PoseNetworkConfig(SystemConfig):
     """network: config of `HigherHRNet`; sigma: of the Gaussians, in cells of either heat map; tag_weight: of the
     grouping loss beside the mean squared error of the heat maps."""
 
@@ -35,18 +36,18 @@ class PoseNetworkConfig:
     tag_weight: float = 1e-3
     dtype: str = "float32"
 
-    def build(self) -> PoseNetwork:
+    def build(self, shapes: bool = False) -> PoseNetwork:
         """The network, not yet initialised. Errors: config keys that are not known."""
         return PoseNetwork(HigherHRNet.from_config(dict(self.network), dtype=jnp.dtype(self.dtype)), self)
 
 
 @dataclass(frozen=True, eq=False)
-class PoseNetwork:
+class PoseNetwork(System):
     """Trainable: the network's parameters. Frozen: nothing. One objective: pose.
 
     A batch has `image` uint8 [B, H, W, 3] and `keypoints` float32 [B, P, J, 3]: (x, y, confidence) of P people at
-    most, pixel centres at +.5, and confidence 0 for joints that are not seen. Batch norms take the moments of the
-    batch throughout, on each device those of its part; running ones are made at export, from held-out pictures.
+    most, pixel centres at +.5, and confidence 0 for joints that are not seen. In training batch norms take the moments
+    of the batch, on each device those of its part; the running ones, which an export stores, are the statistics.
     """
 
     network: HigherHRNet
@@ -57,16 +58,24 @@ class PoseNetwork:
         starts from empty heat maps; norms that change nothing."""
         return random_params(self.network, key), {}
 
-    def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """No text is used."""
-        return {}
+    def init_statistics(self, trainable: PyTree, frozen: PyTree) -> PyTree:
+        """{"moments": means and variances of every batch norm, "steps": the number of batches in them}."""
+        shapes = expected_params(self.network)["batch_stats"]
+        return {"moments": jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes), "steps": jnp.float32(0.0)}
 
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
-        """{"coarse": heat maps and tags [B, H/4, W/4, 2 J], "fine": heat maps [B, H/2, W/2, J]}."""
-        coarse, fine = self.network.apply(
-            {"params": trainable}, self._pixels(batch["image"]), use_running_average=False
+        """{"coarse": heat maps and tags [B, H/4, W/4, 2 J], "fine": heat maps [B, H/2, W/2, J], "moments"}."""
+        (coarse, fine), changed = self.network.apply(
+            {"params": trainable}, self._pixels(batch["image"]), use_running_average=False, mutable=["batch_stats"]
         )
-        return {"coarse": coarse, "fine": fine}
+        return {"coarse": coarse, "fine": fine, "moments": jax.lax.stop_gradient(changed["batch_stats"])}
+
+    def update_statistics(self, statistics: PyTree, prediction: PyTree) -> PyTree:
+        """m + (new - m) / n over the first batches, later m + (new - m) / MOMENTUM_STEPS."""
+        steps = statistics["steps"] + 1.0
+        share = 1.0 / jnp.minimum(steps, MOMENTUM_STEPS)
+        moments = jax.tree.map(lambda m, new: m + share * (new - m), statistics["moments"], prediction["moments"])
+        return {"moments": moments, "steps": steps}
 
     def objectives(self, prediction: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Mean squared errors of both heat maps, and `tag_weight` times the grouping loss."""
@@ -91,23 +100,11 @@ class PoseNetwork:
         images = held_out["image"][:16]
         return jnp.asarray(images), [""] * len(images)
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
-        """Writes a folder that `load_pose_network` reads, in float16, and returns it.
-
-        Running statistics are the moments of `held_out`, each layer's with those of the layers before it.
-        """
-        statistics = self.statistics(trainable, jnp.asarray(held_out["image"]))
-        save_model(self.network, {"params": trainable, "batch_stats": statistics}, folder, dtype="float16")
+    def export(self, parts: Parts, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+        """Writes a folder that `load_pose_network` reads, in float16, and returns it."""
+        variables = {"params": parts.trainable, "batch_stats": parts.statistics["moments"]}
+        save_model(self.network, variables, folder, dtype="float16")
         return folder
-
-    def statistics(self, params: PyTree, images: jax.Array) -> PyTree:
-        """`batch_stats` of the network on pictures [N, H, W, 3] uint8: means and variances of all of them together."""
-        apply = jax.jit(
-            lambda params, images: self.network.apply(
-                {"params": params}, self._pixels(images), use_running_average=False, mutable=["batch_stats"]
-            )
-        )
-        return apply(params, images)[1]["batch_stats"]
 
     def _pixels(self, image: jax.Array) -> jax.Array:
         """uint8 -> float32 as the network wants it."""

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
-from fairhuman_jax.bases.opening import open_pipeline, trained
-from fairhuman_jax.contract import Batch, PreviewConfig
+from fairhuman_jax.bases.opening import open_base, trained
+from fairhuman_jax.contract import Batch, Parts, PreviewConfig, SystemConfig
 from fairhuman_jax.diffusion import NoiseSchedule, snr
 from fairhuman_jax.drawing.requests import SampleRequest, draw_images, preview_request
 from fairhuman_jax.losses import denoising_loss, min_snr_weight
@@ -28,7 +28,7 @@ PyTree = Any
 
 
 @dataclass(frozen=True)
-class TextToImageConfig:
+class TextToImageConfig(SystemConfig):
     """A base model from nothing but a trained autoencoder and a tokenizer.
 
     vae, tokenizer: folders; unet, text_encoder, scheduler: configs in diffusers' and transformers' keys; start: a
@@ -46,7 +46,7 @@ class TextToImageConfig:
     remat: str = "none"
     dtype: str = "float32"
 
-    def build(self) -> TextToImage:
+    def build(self, shapes: bool = False) -> TextToImage:
         """Reads autoencoder and tokenizer, and what to start from. Errors: folders that are missing or do not fit."""
         runtime = {"dtype": jnp.dtype(self.dtype), "remat": self.remat}
         vae, vae_params = load_model(self.vae, dtype=self.dtype, remat=self.remat)
@@ -60,11 +60,15 @@ class TextToImageConfig:
         )
         return TextToImage(pipeline=self._started(pipeline), config=self)
 
+    def drawn_by(self, export: Path) -> dict[str, Any]:
+        """The exported pipeline."""
+        return {"system": "text", "base": str(export)}
+
     def _started(self, pipeline: Pipeline) -> Pipeline:
         """With the parameters of `start`, whose networks must be those of this configuration."""
         if self.start is None:
             return pipeline
-        start = open_pipeline(self.start)
+        start = open_base(self.start)
         for name, ours, theirs in (
             ("unet", pipeline.unet, start.unet),
             ("text_encoder", pipeline.text_encoders[0], start.text_encoders[0]),
@@ -115,7 +119,7 @@ class TextToImage(LatentDiffusion):
         """The configured prompts at the size of the training images (`preview_request`)."""
         return preview_request(self, config, held_out)
 
-    def export(self, trainable: PyTree, frozen: PyTree, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
+    def export(self, parts: Parts, folder: Path, held_out: dict[str, np.ndarray]) -> Path:
         """Writes the whole pipeline as a diffusers folder in float16 and returns it."""
-        save_pipeline(replace(self.pipeline, params={**frozen, **trainable}), folder, dtype="float16")
+        save_pipeline(replace(self.pipeline, params={**parts.frozen, **parts.trainable}), folder, dtype="float16")
         return folder

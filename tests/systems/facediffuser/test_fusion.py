@@ -12,7 +12,13 @@ from tiny_models import SIZE, quick_jit
 from tiny_people import ONE, PICTURE, TWO, face_diffuser
 
 from fairhuman_jax.drawing.requests import draw_latents
-from fairhuman_jax.systems.facediffuser.fusion import SCENE, draw_delayed, draw_staged_latents, make_staged_request
+from fairhuman_jax.systems.facediffuser.fusion import (
+    SCENE,
+    draw_delayed,
+    draw_staged_latents,
+    draw_with_maps,
+    make_staged_request,
+)
 from fairhuman_jax.weights import MARKER
 
 KEY = jax.random.key(0)
@@ -90,7 +96,7 @@ def test_one_call_on_stacked_parameters_is_two_calls(draw):
 def test_maps_are_of_the_fused_rows_and_change_nothing(draw):
     system, params = face_diffuser()
     asked = request(start_merge_step=1, final_step=4, constant_stages=True)
-    images, maps = quick_jit(lambda p: system.sample_with_maps(p, asked, KEY))(params)
+    images, maps = quick_jit(lambda p: draw_with_maps(system, p, asked, KEY))(params)
     side = SIZE // system.pipeline.vae.downscale
     assert maps.mask.shape == maps.scene.shape == maps.subject.shape == (3, 1, side, side)
     assert images.shape == (1, SIZE, SIZE, 3)

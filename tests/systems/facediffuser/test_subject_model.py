@@ -20,7 +20,7 @@ from tiny_models import (
 )
 from tiny_people import SLOTS, VISION, batch, subject_model
 
-from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.contract import Parts, PreviewConfig, WholePhase
 from fairhuman_jax.models import CLIPVision
 from fairhuman_jax.systems.facediffuser.scene_model import SceneModel, SceneModelConfig
 from fairhuman_jax.systems.facediffuser.subject_model import SubjectModelConfig, parted, whole
@@ -33,7 +33,9 @@ KEY = jax.random.key(4)
 
 def losses(system, given, key=KEY, change=lambda trainable: trainable):
     trainable, frozen = system.init(jax.random.key(0))
-    program = quick_jit(lambda tree, given: linearise(system, tree, frozen, given, key).losses)
+    program = quick_jit(
+        lambda tree, given: linearise(WholePhase(system=system), Parts(tree, {}, frozen), given, key).losses
+    )
     return np.asarray(program(change(trainable), given))
 
 
@@ -53,7 +55,7 @@ def test_denoiser_fusion_and_the_last_layers_get_gradients_and_nothing_else_trai
     assert_trees_equal(trainable["unet"], small_pipeline().params["unet"])  # a fresh model is its base
 
     def gradients(tree):
-        return linearise(system, tree, frozen, batch(system), KEY).pull_each()
+        return linearise(WholePhase(system=system), Parts(tree, {}, frozen), batch(system), KEY).pull_each()
 
     for part, tree in quick_jit(gradients)(trainable).items():
         sizes = [jnp.abs(leaf.reshape(2, -1)).max(axis=1) for leaf in jax.tree.leaves(tree)]
@@ -126,7 +128,7 @@ def test_a_subject_changes_its_own_sample_alone_and_padding_changes_nothing():
 def test_an_exported_model_is_one_to_go_on_from(tmp_path):
     system = subject_model()
     trainable, frozen = system.init(jax.random.key(3))
-    system.export(trainable, frozen, tmp_path / "model", {})
+    system.export(Parts(trainable, {}, frozen), tmp_path / "model", {})
     again = SubjectModelConfig(
         base=str(tmp_path / "model"), image_encoder=None, image_layers=1, max_objects=SLOTS, localization_blocks=1
     ).build()
@@ -174,7 +176,7 @@ def step(system, given):
     trainable, frozen = system.init(jax.random.key(0))
 
     def gradients(tree):
-        here = linearise(system, tree, frozen, given, KEY)
+        here = linearise(WholePhase(system=system), Parts(tree, {}, frozen), given, KEY)
         return here.pull(jnp.ones(len(here.names)))
 
     return trainable, jax.tree.map(lambda p, g: p - 0.1 * g, trainable, quick_jit(gradients)(trainable)), frozen

@@ -19,6 +19,7 @@ from tiny_models import (
     trained_lora,
 )
 
+from fairhuman_jax.contract import Parts, WholePhase
 from fairhuman_jax.diffusion import snr
 from fairhuman_jax.diffusion.schedule import coefficients
 from fairhuman_jax.drawing.requests import make_request
@@ -66,7 +67,7 @@ def test_strength_is_alpha_over_rank(system):
 def test_exported_lora_loads_as_it_was_applied(tmp_path, alpha):
     system = fairhuman(trainable=LoraTrainable(rank=2, alpha=alpha))
     trainable = trained_lora(system)
-    path = system.export(trainable, system.pipeline.params, tmp_path, {})
+    path = system.export(Parts(trainable, {}, system.pipeline.params), tmp_path, {})
     assert path.name == "pytorch_lora_weights.safetensors"
     loaded = load_lora(path, system.pipeline.unet)
     assert_trees_equal(loaded, jax.device_get(system.part.applied(trainable)[1]["unet"]))
@@ -165,13 +166,13 @@ def test_held_out_losses_are_the_same_twice(system):
     frozen, trained = system.pipeline.params, trained_lora(system)
     batch = random_batch(4) | {"times": TIMES}
     losses = make_held_out_losses(system, [batch, batch], KEY)
-    first = losses(trained, frozen)
+    first = losses(Parts(trained, {}, frozen))
     assert set(first) == {"global", "face", "hand"} and min(first.values()) > 0
-    assert losses(trained, frozen) == first
+    assert losses(Parts(trained, {}, frozen)) == first
     start, _ = system.init(jax.random.key(0))
-    assert losses(start, frozen)["global"] != first["global"]
+    assert losses(Parts(start, {}, frozen))["global"] != first["global"]
     # Each batch has noise of its own, so the same one twice is not the same as once.
-    alone = make_held_out_losses(system, [batch], KEY)(trained, frozen)
+    alone = make_held_out_losses(system, [batch], KEY)(Parts(trained, {}, frozen))
     assert alone["global"] != first["global"]
 
 
@@ -185,7 +186,7 @@ def test_sdxl_trains_a_step():
     assert set(ids) == {"input_ids", "input_ids_2"} and ids["input_ids"].dtype == np.int32
     trainable, frozen = system.init(jax.random.key(0))
     batch = random_batch(4, xl=True)
-    step = quick_jit(lambda tree, batch: task_gradients(system, tree, frozen, batch, KEY))
+    step = quick_jit(lambda tree, batch: task_gradients(WholePhase(system=system), Parts(tree, {}, frozen), batch, KEY))
     gradients, losses = step(trainable, batch)
     slopes = jax.tree.leaves_with_path(jax.tree.map(lambda leaf: float(jnp.abs(leaf[0]).max()), gradients))
     assert all((slope > 0) == (path[-1].key == "up") for path, slope in slopes)  # up is 0 at first, so down has none

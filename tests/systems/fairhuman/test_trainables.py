@@ -27,7 +27,7 @@ from tiny_models import (
     trained_lora,
 )
 
-from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.contract import Parts, PreviewConfig, WholePhase
 from fairhuman_jax.models import UNet2DCondition, presets
 from fairhuman_jax.systems.fairhuman.system import FairHuman
 from fairhuman_jax.systems.fairhuman.trainables import AdapterTrainable, ControlNetTrainable, LoraTrainable
@@ -89,7 +89,7 @@ def test_a_new_controlnet_changes_nothing_is_a_copy_and_has_gradients():
 
 
 def gradient(system, trainable, batch):
-    return task_gradients(system, trainable, frozen_of(system), batch, KEY)
+    return task_gradients(WholePhase(system=system), Parts(trainable, {}, frozen_of(system)), batch, KEY)
 
 
 def test_trainables_are_float32_over_a_half_precision_base():
@@ -162,7 +162,7 @@ def test_a_lora_goes_on_from_its_file(tmp_path, alpha):
     trainable = dataclasses.replace(TEXT_LORA, alpha=alpha)
     system = fairhuman(small_pipeline(), trainable=trainable)
     tree = trained_lora(system)
-    path = system.export(tree, {}, tmp_path, {})
+    path = system.export(Parts(tree, {}, {}), tmp_path, {})
     again = fairhuman(small_pipeline(), trainable=dataclasses.replace(trainable, start=str(path)))
     assert_trees_close(again.init(KEY)[0], tree, 1e-6)
     for wrong in ({"rank": 3}, {"text_targets": ()}):
@@ -174,7 +174,7 @@ def test_a_lora_goes_on_from_its_file(tmp_path, alpha):
 def test_a_network_goes_on_from_its_folder(tmp_path, trainable):
     system = fairhuman(small_pipeline(), trainable=trainable)
     tree = random_network(system)
-    folder = system.export(tree, {}, tmp_path / "net", {})
+    folder = system.export(Parts(tree, {}, {}), tmp_path / "net", {})
     start = type(trainable)(start=str(folder))
     again = fairhuman(small_pipeline(), trainable=start)
     assert_trees_equal(again.init(KEY)[0], tree)
@@ -275,7 +275,9 @@ def test_every_trainable_has_three_gradients_on_every_base(base, trainable):
     system = fairhuman(BASES[base](), trainable=trainable)
     batch = control_batch(2, cached=False, xl=system.pipeline.is_xl)
     tree, frozen = jax.eval_shape(system.init, KEY)
-    gradients, losses = jax.eval_shape(lambda tree: task_gradients(system, tree, frozen_of(system), batch, KEY), tree)
+    gradients, losses = jax.eval_shape(
+        lambda tree: task_gradients(WholePhase(system=system), Parts(tree, {}, frozen_of(system)), batch, KEY), tree
+    )
     assert tuple(losses) == ("global", "face", "hand")
     assert jax.tree.map(lambda leaf: (3, *leaf.shape), tree) == jax.tree.map(lambda leaf: leaf.shape, gradients)
     assert jax.tree.structure(frozen) == jax.tree.structure(frozen_of(system))

@@ -9,7 +9,7 @@ import optax
 import pytest
 from tiny_models import QUICK, SIZE, VAE, quick_jit, random_batch
 
-from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.contract import Parts, PreviewConfig
 from fairhuman_jax.devices.sharding import make_mesh
 from fairhuman_jax.systems.shipped.autoencoder import AutoencoderConfig
 from fairhuman_jax.training.combining import FairConfig
@@ -68,7 +68,7 @@ def test_objective_weighs_pixels_of_regions_and_the_divergence():
 def test_export_loads_back_with_the_same_pictures(system, run, tmp_path):
     trained, _ = run
     batch = random_batch(4)
-    folder = system.export(trained, {}, tmp_path / "vae", batch)
+    folder = system.export(Parts(trained, {}, {}), tmp_path / "vae", batch)
     module, params = load_model(folder, dtype="float32")
     factor = module.to_config()["scaling_factor"]
     assert module.to_config() == system.vae.to_config() | {"scaling_factor": factor}

@@ -9,7 +9,7 @@ from tiny_models import assert_trees_close, quick_jit
 from tiny_people import SLOTS, VISION, batch, subject_model
 
 from fairhuman_jax.bases.opening import open_image_encoder
-from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.contract import Parts, PreviewConfig
 from fairhuman_jax.losses import contrastive_loss
 from fairhuman_jax.models import CLIPVision
 from fairhuman_jax.systems.facediffuser.subject_model import SubjectModelConfig
@@ -75,7 +75,7 @@ def test_previews_show_a_person_beside_the_nearest_scene():
 def test_a_subject_model_begins_from_what_was_written(tmp_path):
     encoder = system()
     trainable, frozen = encoder.init(KEY)
-    encoder.export(trainable, frozen, tmp_path, {})
+    encoder.export(Parts(trainable, {}, frozen), tmp_path, {})
     network, params = open_image_encoder(str(tmp_path), dtype="float32")
     assert network.to_config() == encoder.network.to_config()
     assert_trees_close(params, trainable, 2e-3)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_models import QUICK, quick_jit
+from tiny_models import QUICK, assert_trees_close, quick_jit
 
-from fairhuman_jax.contract import PreviewConfig
+from fairhuman_jax.contract import Parts, PreviewConfig
 from fairhuman_jax.data.people import PeopleDataset
 from fairhuman_jax.data.people.conditions import detected_points
 from fairhuman_jax.devices.sharding import make_mesh
@@ -53,17 +53,17 @@ def system():
 
 @pytest.fixture(scope="module")
 def run(system):
-    """(parameters after 40 steps on one batch, losses)."""
+    """(parameters after 40 steps on one batch, losses, statistics)."""
     start, frozen = system.init(jax.random.key(0))
     mesh, rule = make_mesh(devices=jax.devices()[:1]), optax.adam(1e-2)
-    state = init_state(start, rule, KEY, ema=False)
+    state = init_state(start, rule, KEY, ema=False, statistics=system.init_statistics(start, frozen))
     batch = pose_batch()
     program = make_train_step(system, rule, mesh, FairConfig()).lower(state, frozen, batch).compile(QUICK)
     losses = []
     for _ in range(40):
         state, metrics = program(state, frozen, batch)
         losses.append(float(metrics["loss/pose"]))
-    return state.trainable, losses
+    return state.trainable, losses, state.statistics
 
 
 def test_corner_cells_are_corner_pixels():
@@ -130,9 +130,11 @@ def test_the_loss_falls_on_one_batch(run):
 
 
 def test_the_export_gives_the_same_maps_one_picture_at_a_time(system, run, tmp_path):
-    trained, _ = run
+    trained = run[0]
     batch = pose_batch()
-    folder = system.export(trained, {}, tmp_path / "pose", batch)
+    seen = quick_jit(lambda tree: system.predict(tree, {}, batch, KEY))(trained)
+    statistics = system.update_statistics(system.init_statistics(trained, {}), seen)
+    folder = system.export(Parts(trained, statistics, {}), tmp_path / "pose", batch)
     module, variables = load_pose_network(folder, dtype="float32")
     assert module == system.network
     images = module.normalise(batch["image"] / 255.0)
@@ -140,6 +142,29 @@ def test_the_export_gives_the_same_maps_one_picture_at_a_time(system, run, tmp_p
     expected = quick_jit(lambda tree: system.predict(tree, {}, batch, KEY))(trained)
     for ours, wanted in zip(found, (expected["coarse"], expected["fine"]), strict=True):
         np.testing.assert_allclose(ours, wanted[1:2], atol=0.03)
+
+
+def test_running_moments_are_the_mean_of_the_first_batches_and_then_forget(system):
+    params, _ = system.init(jax.random.key(0))
+    statistics = system.init_statistics(params, {})
+    rng = np.random.default_rng(3)
+    seen = [
+        jax.tree.map(lambda m: rng.normal(size=m.shape).astype(np.float32), statistics["moments"]) for _ in range(22)
+    ]
+    for moments in seen[:20]:
+        statistics = system.update_statistics(statistics, {"moments": moments})
+    mean = jax.tree.map(lambda *rows: np.mean(rows, axis=0), *seen[:20])
+    assert_trees_close(statistics["moments"], mean, 1e-5)
+    for moments in seen[20:]:
+        mean = jax.tree.map(lambda old, new: 0.95 * old + 0.05 * new, mean, moments)
+        statistics = system.update_statistics(statistics, {"moments": moments})
+    assert_trees_close(statistics["moments"], mean, 1e-5)
+
+
+def test_training_keeps_the_moments_of_its_batches(run):
+    statistics = run[2]
+    assert statistics["steps"] == 40
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(statistics["moments"]))
 
 
 def test_previews_show_where_joints_are_found(system, run):

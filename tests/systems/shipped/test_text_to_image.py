@@ -21,7 +21,7 @@ from tiny_models import (
     tiny_tokenizer,
 )
 
-from fairhuman_jax.contract import sample_keys
+from fairhuman_jax.contract import Parts, sample_keys
 from fairhuman_jax.devices.sharding import make_mesh
 from fairhuman_jax.systems.shipped.text_to_image import TextToImageConfig
 from fairhuman_jax.training.combining import FairConfig
@@ -64,7 +64,9 @@ def run(system):
     for _ in range(25):
         state, metrics = program(state, frozen, batch)
         losses.append(float(metrics["loss/denoising"]))
-    assert set(metrics) == {"loss/denoising", "weight/denoising", "gradient_norm", "skipped"} and state.skipped == 0
+    assert (
+        set(metrics) == {"loss/denoising", "weight/denoising", "gradient_norm", "skipped"} and state.skipped["all"] == 0
+    )
     return start, state.trainable, losses
 
 
@@ -83,7 +85,7 @@ def test_denoiser_and_text_encoder_both_train(run):
 
 def test_export_is_a_pipeline_with_the_same_output(system, run, tmp_path):
     _, trained, _ = run
-    folder = system.export(trained, {"vae": system.pipeline.params["vae"]}, tmp_path / "base", {})
+    folder = system.export(Parts(trained, {}, {"vae": system.pipeline.params["vae"]}), tmp_path / "base", {})
     again = load_pipeline(folder, dtype="float32")
     assert again.schedule.to_config() == system.pipeline.schedule.to_config()
     assert again.unet.to_config() == system.pipeline.unet.to_config()
@@ -116,7 +118,7 @@ def test_folders_that_are_missing_are_one_clear_line(tmp_path):
 
 def test_training_starts_from_another_pipeline(system, run, tmp_path):
     _, trained, _ = run
-    system.export(trained, {"vae": system.pipeline.params["vae"]}, tmp_path, {})
+    system.export(Parts(trained, {}, {"vae": system.pipeline.params["vae"]}), tmp_path, {})
     again, _ = replace(system.config, start=str(tmp_path)).build().init(KEY)
     assert_trees_close(again, trained, 2e-3)
     assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(jnp.float32)}
