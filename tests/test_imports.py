@@ -20,9 +20,8 @@ ROOMS = (
     ("keypoints",),
     ("bases", "data"),
     ("annotate",),
-    ("drawing", "evaluate"),
+    ("drawing", "evaluate", "training"),
     ("systems",),
-    ("training",),
     ("doors",),
 )
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
