@@ -260,8 +260,8 @@ def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
     return Image.fromarray(np.concatenate([np.concatenate([*map(enlarged, row)], axis=1) for row in rows]))
 
 
-def main() -> None:
-    """The command line."""
+def parsed() -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject", help="a subject model")
     parser.add_argument("scene", help="the scene model")
@@ -271,19 +271,28 @@ def main() -> None:
     parser.add_argument("--ruler", type=Path, metavar="FILE", help="keep the ruler there, and take it if it is there")
     parser.add_argument("--ruler-steps", type=int, default=900)
     parser.add_argument("--sheet", type=Path, help="a picture: first pairs, then people; references, TDM, SDM, SNF")
-    options = parser.parse_args()
-    choose_cpu_kernels()
+    return parser.parse_args()
 
+
+def opened_ruler(options: argparse.Namespace, system: Any, params: Any) -> Any:
+    """The ruler that is kept in `--ruler`, or one that is trained now (and kept there)."""
+    if options.ruler and options.ruler.is_file():
+        return flax.serialization.msgpack_restore(options.ruler.read_bytes())
+    pictures, who, tops = rendered(RULER_SEED, RULER_PEOPLE)
+    ruler = train_ruler(seen(through(system, params, pictures)), who, tops, options.ruler_steps)
+    if options.ruler:
+        options.ruler.write_bytes(flax.serialization.msgpack_serialize(ruler))
+    return ruler
+
+
+def main() -> None:
+    """Trains or reads the ruler, draws single people and pairs, and prints how near they are to their references."""
+    options = parsed()
+    choose_cpu_kernels()
     found = ", ".join(f"{name} {value:.5f}" for name, value in errors(options.subject).items())
     print(f"held-out denoising error of the subject model, by the pictures it is given: {found}", flush=True)
     system, params = open_staged(options.subject, options.scene, slots=2)
-    if options.ruler and options.ruler.is_file():
-        ruler = flax.serialization.msgpack_restore(options.ruler.read_bytes())
-    else:
-        pictures, who, tops = rendered(RULER_SEED, RULER_PEOPLE)
-        ruler = train_ruler(seen(through(system, params, pictures)), who, tops, options.ruler_steps)
-        if options.ruler:
-            options.ruler.write_bytes(flax.serialization.msgpack_serialize(ruler))
+    ruler = opened_ruler(options, system, params)
     pictures, who, tops = rendered(TEST_SEED, options.count)
     embeddings, colours = measured(ruler, through(system, params, pictures))
     people = People(options.count, system.image_encoder.config["image_size"])

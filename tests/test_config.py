@@ -4,7 +4,7 @@ import enum
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -199,3 +199,14 @@ def test_unusable_configuration_files(tmp_path, text, message):
 def test_every_configuration_of_the_project_comes_back_from_its_json(path):
     config = load_config(path)
     assert from_json(type(config), to_json(config)) == config
+
+
+@dataclass(frozen=True)
+class Spoken:
+    rate: Annotated[float, "step size of the optimiser"] = 0.5
+    plain: int = 1
+
+
+def test_a_field_s_sentence_is_shown_beside_its_value_and_changes_nothing_else():
+    assert describe(Spoken()).splitlines() == ["Spoken", "  rate  = 0.5  # step size of the optimiser", "  plain = 1"]
+    assert from_json(Spoken, to_json(apply_overrides(Spoken(), ["rate=2"]))) == Spoken(2.0)

@@ -72,28 +72,21 @@ def staged_sample(
     `subject`, where base is `text`, or `null` with `baseline="null"` (FastComposer). Each network is
     `(latents [2B, ...], timesteps [2B], condition) -> [2B, ...]`, epsilon or v, and is called only where its prediction
     is used; null, text and augmented are pytrees of one structure with leaves [B, ...]. `scale_s` None is `scale_t`.
-    Stage 2 calls one after the other, or `both(latents, timesteps, scene_condition, subject_condition)`, which
-    returns the two outputs, say of one vmapped call on stacked parameters. `fuse` has the arguments of `snf_fuse` up to
-    the scales, and its results; its options come by `functools.partial`.
+    Stage 2 calls one after the other, or `both(latents, timesteps, scene_condition, subject_condition)`, which returns
+    the two outputs. `fuse` has the arguments of `snf_fuse` up to the scales, and its results.
 
     The boundaries are `stage_steps(steps, alpha, beta)`; `start_merge_step` and `final_step` override them. There is no
     stage 1 with start_merge_step = -1, no stage 2 with final_step <= start_merge_step, and nothing after a boundary at
     the last row or beyond. An int is static: stages are scans, gradients flow, and empty ones are not compiled. With a
     traced int32 scalar one compilation serves every boundary, as with `start` of `sample`.
-    The history of a multistep rule goes on across boundaries, as published, unless `reset_history`.
-    Other arguments as `sample`. Returns fp32 latents, or (latents, `FusionMaps`) with `return_maps`. Raises ValueError
-    for an unknown baseline, a boundary that is no row, maps with traced boundaries, and as `sample`.
+    A multistep rule keeps its history across boundaries, as published, unless `reset_history`. Other arguments as
+    `sample`. Returns fp32 latents, or (latents, `FusionMaps`) with `return_maps`.
+    Raises: ValueError for an unknown baseline, a boundary that is no row, maps with traced boundaries, as `sample`.
     """
     if baseline not in BASELINES:
         raise ValueError(f"staged_sample: baseline is {baseline!r}; known: {', '.join(BASELINES)}")
-    given = stage_steps(steps, alpha, beta)
-    start = given[0] if start_merge_step is None else start_merge_step
-    final = given[1] if final_step is None else final_step
     rows = prepare_rows(latents, key, schedule, steps, rule or pndm(), noise, before_step, after_step)
-    merge = _row("start_merge_step", start, 0, rows.count)
-    last = _row("final_step", final, merge, rows.count)
-    if return_maps and not (isinstance(merge, int) and isinstance(last, int)):
-        raise ValueError("staged_sample: return_maps needs ints for start_merge_step and final_step, not traced arrays")
+    merge, last = _boundaries(stage_steps(steps, alpha, beta), start_merge_step, final_step, rows.count, return_maps)
     scales = (scale_t, scale_t if scale_s is None else scale_s)
     base = text if baseline == "text" else null
     fused = _fused(both or _one_by_one(scene, subject), joined(null, text), joined(base, augmented), scales, fuse)
@@ -101,15 +94,24 @@ def staged_sample(
     def renewed(carry: PyTree) -> PyTree:
         return rows.restart(carry) if reset_history else carry
 
-    maps = None
     carry = rows.run(classifier_free(scene, text, null, scales[0]), rows.begin(latents, rows.scale), 0, merge)
     if return_maps:
-        assert isinstance(merge, int) and isinstance(last, int), "checked above"
         carry, maps = rows.record(fused, renewed(carry), merge, last)
     else:
-        carry = rows.run(lambda x, times: fused(x, times)[0], renewed(carry), merge, last)
+        carry, maps = rows.run(lambda x, times: fused(x, times)[0], renewed(carry), merge, last), None
     carry = rows.run(classifier_free(subject, augmented, base, scales[1]), renewed(carry), last, rows.count)
     return carry[0] if maps is None else (carry[0], maps)
+
+
+def _boundaries(
+    given: tuple[int, int], start: int | Array | None, final: int | Array | None, count: int, static: bool
+) -> tuple[Any, Any]:
+    """The steps before which stages 2 and 3 begin, of `count`; `given` are the last ones of stages 1 and 2."""
+    merge = _row("start_merge_step", given[0] if start is None else start, 0, count)
+    last = _row("final_step", given[1] if final is None else final, merge, count)
+    if static and not (isinstance(merge, int) and isinstance(last, int)):
+        raise ValueError("staged_sample: return_maps needs ints for start_merge_step and final_step, not traced arrays")
+    return merge, last
 
 
 def delayed_sample(

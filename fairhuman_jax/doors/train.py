@@ -16,13 +16,12 @@ from fairhuman_jax.commands import USER_ERRORS, add_debug, refuse, table
 from fairhuman_jax.config import ConfigError, apply_overrides, describe, load_config
 from fairhuman_jax.devices.kernels import choose_cpu_kernels, dtype_of, keep_compiled_programs
 from fairhuman_jax.devices.processes import connect, is_main, refuse_one_of_many
+from fairhuman_jax.doors import default_run
 from fairhuman_jax.systems.registry import stored_run
 from fairhuman_jax.training.checkpoint import has_checkpoint
 from fairhuman_jax.training.loop import Result, train
 from fairhuman_jax.training.preemption import Interrupted
 from fairhuman_jax.training.run_config import RunConfig
-
-DEFAULT = "configs/people_lora.py"
 
 
 def train_door(arguments: Sequence[str] | None = None) -> None:
@@ -57,7 +56,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
     if resumed is not None and resumed.suffix == ".py":  # "--resume CONFIG", in the other order
         options.config, resumed = str(resumed), None
     if resumed is None:
-        return load_config(options.config or DEFAULT, options.set)
+        return load_config(options.config or default_run.__file__, options.set)
     if options.config is not None:
         raise ConfigError(f"--resume {resumed} reads the run's own configuration: leave out {options.config}")
     return apply_overrides(dataclasses.replace(stored_run(resumed), output=str(resumed)), options.set)

@@ -227,12 +227,8 @@ def make_request(
     if scheduler is not None:
         rule_named(scheduler)
     count = len(prompts)
-    negatives = [negative or ""] * count
-    if long_prompts:
-        chunks = system.chunks([*prompts, negative or ""])
-        ids, negative_ids = system.tokenize(prompts, chunks), system.tokenize(negatives, chunks)
-    else:
-        ids, negative_ids = system.tokenize(prompts), system.tokenize(negatives)
+    chunks = system.chunks([*prompts, negative or ""]) if long_prompts else None
+    ids, negative_ids = system.tokenize(prompts, chunks), system.tokenize([negative or ""] * count, chunks)
 
     def spread(pixels: np.ndarray) -> jax.Array:
         return jnp.broadcast_to(jnp.asarray(pixels, jnp.float32), (count, *pixels.shape))

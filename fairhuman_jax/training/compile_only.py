@@ -27,8 +27,8 @@ from fairhuman_jax.keypoints.poses import JOINTS
 from fairhuman_jax.training.combining import init_fair
 from fairhuman_jax.training.program_cost import Traffic, collectives, flops
 from fairhuman_jax.training.run_config import RunConfig
-from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
-from fairhuman_jax.training.step import step_of_run
+from fairhuman_jax.training.state import TrainState, init_state
+from fairhuman_jax.training.step import optimizers_of, step_of_run
 
 PyTree = Any
 GIB = 2**30
@@ -155,7 +155,7 @@ def abstract_step(
     """The trainer's step for `mesh` and the shapes of its arguments, placed as the trainer places them."""
     train = config.train
     system = config.system.build(shapes=True)
-    optimizers = {p.player: make_optimizer(config.optimizer_of(p.player), train.steps) for p in system.phases}
+    optimizers = optimizers_of(config, system)
     step = step_of_run(config, system, optimizers, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = system.opened

@@ -16,12 +16,14 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 METRICS = "metrics.jsonl"
 _WANDB_ID = "wandb_id"
@@ -65,7 +67,7 @@ class RunLogger:
         drop_from(self.folder / METRICS, start_step)
         self._file = (self.folder / METRICS).open("a", encoding="utf-8")
         if tensorboard:
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
+            self._board = _summary_writer()(str(self.folder / "tensorboard"), purge_step=start_step)
         if wandb is not None:
             self._wandb = _open_wandb(wandb, self.folder, config, new=start_step == 0)
         self._bar = tqdm(
@@ -164,6 +166,22 @@ def wandb_package() -> Any:
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError("train.wandb: the package is missing; pip install wandb, or --set train.wandb=none") from error
+
+
+def _summary_writer() -> type[SummaryWriter]:
+    """tensorboardX's writer, without torch: tensorboardX imports torch where it is installed, to accept its tensors.
+
+    While tensorboardX is imported for the first time, `sys.modules` says that there is no torch.
+    """
+    if "torch" in sys.modules or "tensorboardX" in sys.modules:
+        from tensorboardX import SummaryWriter
+    else:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+        try:
+            from tensorboardX import SummaryWriter
+        finally:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _open_wandb(project: str, folder: Path, config: Mapping[str, Any] | None, *, new: bool) -> Any:

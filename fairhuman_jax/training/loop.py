@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from fairhuman_jax.config import to_dict
 from fairhuman_jax.contract import MakeMeasure, Measure, Parts, System
@@ -36,8 +37,8 @@ from fairhuman_jax.training.reporting import (
     mean_weights,
 )
 from fairhuman_jax.training.run_config import CONFIG, RunConfig, check_resumed
-from fairhuman_jax.training.state import TrainState, init_state, make_optimizer
-from fairhuman_jax.training.step import TrainStep, due_phases, step_of_run
+from fairhuman_jax.training.state import TrainState, init_state
+from fairhuman_jax.training.step import TrainStep, due_phases, optimizers_of, step_of_run
 
 PyTree = Any
 
@@ -163,24 +164,10 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     held_out_device = [shard_batch(mesh, own_rows(batch)) for batch in held_out_host]
 
     # ---- state and step --------------------------------------------------------------------------------------------
-    statistics = system.init_statistics(trainable, frozen)
-    optimizers = {
-        phase.player: make_optimizer(config.optimizer_of(phase.player), settings.steps) for phase in system.phases
-    }
-    names = {
-        phase.name: objective_names(phase, Parts(trainable, statistics, frozen), held_out_device[0])
-        for phase in system.phases
-    }
-    state = init_state(
-        trainable,
-        optimizers,
-        step_key,
-        ema=settings.ema_decay is not None,
-        fair={phase: init_fair(config.fair, len(own)) for phase, own in names.items()},
-        phases=system.phases,
-        statistics=statistics,
-    )
-    state = place(mesh, state)
+    parts = Parts(trainable, system.init_statistics(trainable, frozen), frozen)
+    names = {phase.name: objective_names(phase, parts, held_out_device[0]) for phase in system.phases}
+    optimizers = optimizers_of(config, system)
+    state = place(mesh, first_state(config, system, parts, optimizers, names, step_key))
     if resume:
         state, position = checkpoints.restore(state)
         batches.set_state(position)
@@ -201,6 +188,26 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         measures=tuple(make(held_out_device, held_out_key) for make in measures_of(system).values()),
         draw=make_previewer(system, config.preview, mesh, held_out_host[0], preview_key),
         example=held_out_host[0],
+    )
+
+
+def first_state(
+    config: RunConfig,
+    system: System,
+    parts: Parts,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    names: Mapping[str, Sequence[str]],
+    key: jax.Array,
+) -> TrainState:
+    """The state of a run before its first step; names: the objectives of each phase."""
+    return init_state(
+        parts.trainable,
+        optimizers,
+        key,
+        ema=config.train.ema_decay is not None,
+        fair={phase: init_fair(config.fair, len(own)) for phase, own in names.items()},
+        phases=system.phases,
+        statistics=parts.statistics,
     )
 
 

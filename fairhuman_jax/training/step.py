@@ -16,7 +16,7 @@ from fairhuman_jax.devices.sharding import AXES, BATCH_SPEC, SPLIT_ABOVE, WHOLE,
 from fairhuman_jax.training.combining import Combining, FairConfig, Metrics
 from fairhuman_jax.training.objectives import moved, with_moved
 from fairhuman_jax.training.run_config import RunConfig
-from fairhuman_jax.training.state import TrainState
+from fairhuman_jax.training.state import TrainState, make_optimizer
 
 PyTree = Any
 PHASE_STREAM = 2**31 - 16  # folded into the step's key, less the phase's number; no batch has so many positions
@@ -75,8 +75,8 @@ def make_train_step(
     that way (sharding.place, with the same `split_above`). `refresh` and `due` are constants of the program: `refresh`
     True solves for the weights, False takes the last ones and costs what a plain step costs; `due` names the phases
     that run, None all. optimizer and clip_norm are those of all players, or by player; the combined gradient's norm is
-    cut to clip_norm. A gradient or statistic that is not finite leaves its phase's trainables, optimiser state, averages,
-    statistics and rule as they were and adds one to `skipped`.
+    cut to clip_norm. A gradient or statistic that is not finite leaves its phase's trainables, optimiser state,
+    averages, statistics and rule as they were and adds one to `skipped`.
     """
     settings = Settings(mesh, fair, accumulate, ema_decay, split_above, split_frozen)
     phases = system.phases
@@ -158,6 +158,12 @@ def labelled(metrics: Metrics, phase: str) -> Metrics:
 def due_phases(system: System, index: int) -> tuple[str, ...]:
     """The names of the phases that run at step `index`, from 0."""
     return tuple(phase.name for phase in system.phases if index % phase.every == 0)
+
+
+def optimizers_of(config: RunConfig, system: System) -> dict[str, optax.GradientTransformation]:
+    """The optimiser of each player of a run's system."""
+    players = dict.fromkeys(phase.player for phase in system.phases)
+    return {player: make_optimizer(config.optimizer_of(player), config.train.steps) for player in players}
 
 
 def step_of_run(

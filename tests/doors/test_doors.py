@@ -86,28 +86,6 @@ def test_training_ends_with_table_picture_and_lora(config, tmp_path, capsys):
     assert [record["step"] for record in records] == [0, 1, 2]
 
 
-def test_a_run_is_drawn_with_and_resumed_by_its_folder(config, tmp_path, capsys):
-    run = str(tmp_path / "run")
-    train_door([str(config)])
-    sample_door(["a person", "--run", run, "--steps", "2", "--size", "16", "--output", str(tmp_path / "drawn")])
-    recipe = json.loads(Image.open(tmp_path / "drawn/a-person-0.png").info["parameters"])
-    assert recipe["system"] == "text" and recipe["lora"] == [f"{run}/export"]
-    capsys.readouterr()
-
-    train_door(["--resume", run, "--set", "train.steps=3"])
-    assert "trained:" in capsys.readouterr().out
-    changed = ["--set", "data.resolution=32", "--set", "system.trainable.rank=4"]
-    line = refused(capsys, train_door, ["--resume", run, *changed])
-    assert "data.resolution is 32, but the run has 16" in line and "system.trainable.rank is 4" in line
-    assert "leave out" in refused(capsys, train_door, [str(config), "--resume", run])
-    assert "no folder of a run" in refused(capsys, train_door, ["--resume", str(tmp_path)])
-    assert "no folder of a run" in refused(capsys, sample_door, ["a", "--run", str(tmp_path)])
-    (tmp_path / "run/config.json").write_text('{"type": "RunConfig", "output": "", "system": {"type": "Gan"}}')
-    assert "unknown class 'Gan'" in refused(capsys, train_door, ["--resume", run])
-    (tmp_path / "run/config.json").write_text("{")
-    assert "config.json is not valid JSON" in refused(capsys, train_door, ["--resume", run])
-
-
 def test_losses_change_by_a_share_or_where_they_are_not_positive_by_an_amount():
     before, after = {"a": 0.2, "b": -0.1, "c": 0.0}, {"a": 0.1, "b": -0.3, "c": 0.0}
     lines = report(Result(before, after, {}, 1.0, 0, Path("export"), None)).splitlines()[2:5]

@@ -170,6 +170,26 @@ def told(
     return text, null, dataclasses.replace(text, hidden=hidden)
 
 
+def _reference_pictures(
+    prompts: Sequence[str], counts: Sequence[int], references: Sequence[Sequence[np.ndarray]], slots: int
+) -> np.ndarray:
+    """Pictures of subjects, float32 [N, slots, S, S, 3] in [0, 1].
+
+    Raises: ValueError for a number of pictures that is not that of a prompt's markers; pictures of several sizes.
+    """
+    for prompt, count, given in zip(prompts, counts, references, strict=True):
+        if count != len(given):
+            raise ValueError(f"{prompt!r} marks {count} subjects, but there are {len(given)} reference pictures")
+    shapes = {picture.shape for given in references for picture in given}
+    if len(shapes) > 1:
+        raise ValueError(f"reference pictures are of several sizes: {', '.join(map(str, sorted(shapes)))}")
+    (shape,) = shapes
+    pictures = np.zeros((len(prompts), slots, *shape), np.float32)
+    for row, given in enumerate(references):
+        pictures[row, : len(given)] = np.stack(given) / 255.0
+    return pictures
+
+
 def make_staged_request(
     system: SubjectDiffusion,
     prompts: Sequence[str],
@@ -195,28 +215,17 @@ def make_staged_request(
 ) -> StagedRequest:
     """A request for one image a prompt, whose markers take the pictures in `references`, uint8 [S, S, 3], in order.
 
-    alpha, beta: shares of the steps after which the stages end; start_merge_step, final_step: the rows themselves.
-    Errors, before any compute: a prompt without marker, with one inside a word, or with one whose word is cut off; a
-    number of pictures that is not that of the markers, or more of them than the system has slots; pictures of
-    different sizes; an unknown baseline or scheduler; guidance of 1 or less; a fraction outside [0, 1].
+    alpha, beta: fractions of the steps after which the stages end; start_merge_step, final_step: the steps themselves.
+    Raises: ValueError for a prompt without marker, with one inside a word, or with one whose word is cut off; a number
+    of pictures that is not that of the markers, or above the system's slots; pictures of several sizes; an unknown
+    baseline or scheduler; guidance of 1 or less; a fraction outside [0, 1].
     """
-    if guidance <= 1.0 or (subject_guidance is not None and subject_guidance <= 1.0):
-        raise ValueError(
-            f"guidance is {guidance if guidance <= 1.0 else subject_guidance}; staged drawing needs more than 1"
-        )
+    if (least := min(guidance, guidance if subject_guidance is None else subject_guidance)) <= 1.0:
+        raise ValueError(f"guidance is {least}; staged drawing needs more than 1")
     if baseline not in BASELINES:
         raise ValueError(f"baseline is {baseline!r}; known: {', '.join(BASELINES)}")
     tokens = tokenize_subjects(system.pipeline.tokenizers[0], prompts, system.slots)
-    for prompt, count, given in zip(prompts, tokens.counts, references, strict=True):
-        if count != len(given):
-            raise ValueError(f"{prompt!r} marks {count} subjects, but there are {len(given)} reference pictures")
-    shapes = {picture.shape for given in references for picture in given}
-    if len(shapes) > 1:
-        raise ValueError(f"reference pictures are of several sizes: {', '.join(map(str, sorted(shapes)))}")
-    (shape,) = shapes
-    pictures = np.zeros((len(prompts), system.slots, *shape), np.float32)
-    for row, given in enumerate(references):
-        pictures[row, : len(given)] = np.stack(given) / 255.0
+    pictures = _reference_pictures(prompts, tokens.counts, references, system.slots)
     start, final = stage_steps(steps, alpha, beta)
     start = start if start_merge_step is None else start_merge_step
     final = final if final_step is None else final_step
