@@ -260,6 +260,14 @@ def sheet(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
     return Image.fromarray(np.concatenate([np.concatenate([*map(enlarged, row)], axis=1) for row in rows]))
 
 
+def shown_sheet(people: People, pairs: Sequence[Any], single: Any, double: Any) -> Image.Image:
+    """Six pairs, then six people: references beside what each model drew."""
+    rows = [[*(people.given[i] for i in pairs[k]), *(images[k] for images in double.values())] for k in range(6)]
+    blank = np.full_like(people.given[0], 255)
+    rows += [[people.given[k], blank, *(images[k] for images in single.values())] for k in range(6)]
+    return sheet(rows)
+
+
 def parsed() -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -344,10 +352,7 @@ def main() -> None:
         figures.append(compared(name, own, other))
     print(f"{len(pairs)} pictures of two people\n" + table(figures))
     if options.sheet:
-        rows = [[*(people.given[i] for i in pairs[k]), *(images[k] for images in double.values())] for k in range(6)]
-        blank = np.full_like(people.given[0], 255)
-        rows += [[people.given[k], blank, *(images[k] for images in single.values())] for k in range(6)]
-        sheet(rows).save(options.sheet)
+        shown_sheet(people, pairs, single, double).save(options.sheet)
 
 
 if __name__ == "__main__":

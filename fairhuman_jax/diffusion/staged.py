@@ -75,10 +75,9 @@ def staged_sample(
     Stage 2 calls one after the other, or `both(latents, timesteps, scene_condition, subject_condition)`, which returns
     the two outputs. `fuse` has the arguments of `snf_fuse` up to the scales, and its results.
 
-    The boundaries are `stage_steps(steps, alpha, beta)`; `start_merge_step` and `final_step` override them. There is no
-    stage 1 with start_merge_step = -1, no stage 2 with final_step <= start_merge_step, and nothing after a boundary at
-    the last row or beyond. An int is static: stages are scans, gradients flow, and empty ones are not compiled. With a
-    traced int32 scalar one compilation serves every boundary, as with `start` of `sample`.
+    The boundaries are `stage_steps(steps, alpha, beta)`; start_merge_step and final_step override them: -1 leaves out
+    stage 1, final_step <= start_merge_step stage 2, the last row or beyond what follows. An int is static: stages are
+    scans, gradients flow, empty ones are not compiled. One compilation serves every traced int32 scalar.
     A multistep rule keeps its history across boundaries, as published, unless `reset_history`. Other arguments as
     `sample`. Returns fp32 latents, or (latents, `FusionMaps`) with `return_maps`.
     Raises: ValueError for an unknown baseline, a boundary that is no row, maps with traced boundaries, as `sample`.
@@ -90,10 +89,7 @@ def staged_sample(
     scales = (scale_t, scale_t if scale_s is None else scale_s)
     base = text if baseline == "text" else null
     fused = _fused(both or _one_by_one(scene, subject), joined(null, text), joined(base, augmented), scales, fuse)
-
-    def renewed(carry: PyTree) -> PyTree:
-        return rows.restart(carry) if reset_history else carry
-
+    renewed = rows.restart if reset_history else (lambda carry: carry)
     carry = rows.run(classifier_free(scene, text, null, scales[0]), rows.begin(latents, rows.scale), 0, merge)
     if return_maps:
         carry, maps = rows.record(fused, renewed(carry), merge, last)

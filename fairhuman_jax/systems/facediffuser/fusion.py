@@ -171,7 +171,7 @@ def told(
 
 
 def _reference_pictures(
-    prompts: Sequence[str], counts: Sequence[int], references: Sequence[Sequence[np.ndarray]], slots: int
+    prompts: Sequence[str], counts: np.ndarray, references: Sequence[Sequence[np.ndarray]], slots: int
 ) -> np.ndarray:
     """Pictures of subjects, float32 [N, slots, S, S, 3] in [0, 1].
 
@@ -226,19 +226,11 @@ def make_staged_request(
         raise ValueError(f"baseline is {baseline!r}; known: {', '.join(BASELINES)}")
     tokens = tokenize_subjects(system.pipeline.tokenizers[0], prompts, system.slots)
     pictures = _reference_pictures(prompts, tokens.counts, references, system.slots)
-    start, final = stage_steps(steps, alpha, beta)
-    start = start if start_merge_step is None else start_merge_step
-    final = final if final_step is None else final_step
-    plain = make_request(
-        system,
-        [prompt.replace(MARKER, "") for prompt in prompts],
-        seeds,
-        steps=steps,
-        guidance=guidance,
-        size=size,
-        negative=negative,
-        scheduler=scheduler,
-    )
+    given = stage_steps(steps, alpha, beta)
+    start = given[0] if start_merge_step is None else start_merge_step
+    final = given[1] if final_step is None else final_step
+    own: dict[str, Any] = {"steps": steps, "guidance": guidance, "size": size, "negative": negative}
+    plain = make_request(system, [text.replace(MARKER, "") for text in prompts], seeds, scheduler=scheduler, **own)
     return StagedRequest(
         request=dataclasses.replace(plain, input_ids={"input_ids": jnp.asarray(tokens.ids)}),
         references=jnp.asarray(pictures),
