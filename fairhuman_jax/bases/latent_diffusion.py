@@ -1,27 +1,25 @@
-"""What every text-to-image latent diffusion system shares: text, latents, noise, the denoiser's call, sampling."""
+"""What every text-to-image latent diffusion system shares on top of a base: batches, noise, the denoiser's call."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fairhuman_jax.bases.base import Base, Params, numbered
 from fairhuman_jax.bases.conditioning import Conditioning
+from fairhuman_jax.bases.stable_diffusion import stable_diffusion
 from fairhuman_jax.contract import Batch, Shapes, System, sample_keys
-from fairhuman_jax.diffusion import add_noise, sample_timesteps, target
 from fairhuman_jax.models import ControlNet, T2IAdapter
-from fairhuman_jax.models.vae_tiling import tiled_decode
-from fairhuman_jax.weights import Pipeline, count_chunks, tokenize, tokenize_chunks
+from fairhuman_jax.weights import Pipeline
 
 PyTree = Any
-Params = dict[str, PyTree]
-TILE_ABOVE = 128  # latents a side; larger ones are decoded in tiles
 
 
 class Noised(NamedTuple):
@@ -56,30 +54,25 @@ class LatentDiffusion(System):
         """The system around the pipeline with other parameters."""
         return dataclasses.replace(self, pipeline=dataclasses.replace(self.pipeline, params=params))
 
+    @cached_property
+    def base(self) -> Base:
+        """Text, denoiser, codec and process of the pipeline."""
+        return stable_diffusion(self.pipeline)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of a picture."""
-        factor = self.pipeline.vae.downscale
-        return height // factor, width // factor, self._latent_channels
+        codec = self.base.codec
+        return height // codec.downscale, width // codec.downscale, codec.channels
 
     def tokenize(self, captions: Sequence[str], chunks: int | None = None) -> dict[str, np.ndarray]:
-        """Captions -> {"input_ids": int32 [B, L]}, with input_ids_2 for a second text encoder.
-
-        With `chunks` = n the arrays are [B, n, L]: long captions go on in further chunks instead of being cut.
-        """
-        ids = {}
-        for i, tokenizer in enumerate(self.pipeline.tokenizers):
-            name = numbered("input_ids", i)
-            if chunks is None:
-                ids[name] = tokenize(tokenizer, list(captions))
-            else:
-                ids[name] = tokenize_chunks(tokenizer, list(captions), chunks)
-        return ids
+        """Captions -> token ids, int32 [B, L] by text encoder, or [B, chunks, L]."""
+        return self.base.text.tokenize(captions, chunks)
 
     def reads(self, offered: Shapes, *, latents: bool = False, text: bool = False) -> Shapes:
         """Pictures or their latents, control images where a network reads them, token ids or text embeddings."""
         shapes, image = dict(offered), offered["image"]
         count, height, width = image.shape[:3]
-        if self.controlnets or self.adapters or self.pipeline.reads_pose:
+        if self.controlnets or self.adapters or self.base.denoiser.reads == "pose":
             shapes["conditioning_image"] = image
         if latents:
             del shapes["image"]
@@ -97,27 +90,13 @@ class LatentDiffusion(System):
 
     def chunks(self, captions: Sequence[str]) -> int:
         """The number of chunks that hold the longest caption."""
-        return max(count_chunks(tokenizer, captions) for tokenizer in self.pipeline.tokenizers)
+        return self.base.text.chunks(captions)
 
     def encode_text(
         self, params: Params, ids: dict[str, jax.Array], lora: Params | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Token ids -> (hidden states [B, L, D], pooled vector [B, P]).
-
-        Ids are [B, L], or [B, n, L] for prompts in n chunks: hidden states then follow each other, and the pooled
-        vector is the first chunk's. SDXL reads the penultimate states of all its encoders side by side and the last
-        one's pooled vector, Stable Diffusion 1 and 2 the last hidden state.
-        """
-        states, pooled = [], []
-        encoders = zip(self.pipeline.text_encoder_names, self.pipeline.text_encoders, strict=True)
-        for i, (name, encoder) in enumerate(encoders):
-            tokens = ids[numbered("input_ids", i)]
-            collections = _variables(params, lora, name)
-            output = cast(Any, encoder.apply(collections, tokens.reshape(-1, tokens.shape[-1])))
-            state = output["penultimate" if self.pipeline.is_xl else "last_hidden_state"]
-            states.append(state.reshape(tokens.shape[0], -1, state.shape[-1]))
-            pooled.append(output["pooled"].reshape(tokens.shape[0], -1, output["pooled"].shape[-1])[:, 0])
-        return jnp.concatenate(states, -1), pooled[-1]
+        """Token ids -> (hidden states [B, L, D], pooled vector [B, P])."""
+        return self.base.text.encode(params, ids, lora)
 
     def text_states(self, params: Params, batch: Batch, lora: Params | None = None) -> tuple[jax.Array, jax.Array]:
         """`encode_text` of a batch, or its cached `text_hidden` [B, L, D] and `text_pooled` [B, P].
@@ -126,7 +105,7 @@ class LatentDiffusion(System):
         """
         if "text_hidden" not in batch:
             return self.encode_text(params, batch, lora)
-        if trained := sorted(set(lora or ()) & set(self.pipeline.text_encoder_names)):
+        if trained := sorted(set(lora or ()) & set(self.base.text.names)):
             raise ValueError(f"a LoRA on {trained[0]} needs input_ids in the batch, not cached text_hidden")
         return batch["text_hidden"], batch["text_pooled"]
 
@@ -145,7 +124,7 @@ class LatentDiffusion(System):
 
         Errors: a batch without it where the denoiser reads one.
         """
-        return _condition_image(batch, "HumanSD") if self.pipeline.reads_pose else None
+        return _condition_image(batch, "HumanSD") if self.base.denoiser.reads == "pose" else None
 
     def encode_image(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """uint8 images [B, H, W, 3] -> mean and log-variance of the latent posterior [B, h, w, c], unscaled."""
@@ -153,15 +132,11 @@ class LatentDiffusion(System):
 
     def encode_moments(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latent posterior [B, h, w, c], unscaled."""
-        vae = cast(Any, self.pipeline.vae)
-        return vae.apply({"params": params["vae"]}, image, method=vae.encode)
+        return self.base.codec.moments(params, image)
 
     def encode_posterior(self, params: Params, image: jax.Array, noise: jax.Array | None) -> jax.Array:
         """Images [B, H, W, 3] in [-1, 1] -> scaled latents [B, h, w, c], drawn with `noise`, or the mean for None."""
-        mean, logvar = self.encode_moments(params, image)
-        if noise is None:
-            return mean.astype(jnp.float32) * self.pipeline.vae.scaling_factor
-        return self._draw_posterior(mean, logvar, noise)
+        return self.base.codec.encode(params, image, noise)
 
     def latents(self, params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
         """Scaled latents [B, h, w, c] drawn from the posterior, from `image` or from cached `latent_mean/logvar`."""
@@ -170,19 +145,15 @@ class LatentDiffusion(System):
         else:
             mean, logvar = self.encode_image(params, batch["image"])
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        return self._draw_posterior(mean, logvar, noise)
+        return self.base.codec.draw(mean, logvar, noise)
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Scaled latents -> images [B, H, W, 3] in [-1, 1]; above `TILE_ABOVE` latents a side in tiles."""
-        latents = latents / self.pipeline.vae.scaling_factor
-        whole = partial(self.decode_unscaled, params)
-        large = max(latents.shape[1:3]) > TILE_ABOVE
-        return jnp.clip(tiled_decode(whole, latents) if large else whole(latents), -1.0, 1.0)
+        """Scaled latents -> images [B, H, W, 3] in [-1, 1]."""
+        return self.base.codec.decode(params, latents)
 
     def decode_unscaled(self, params: Params, latents: jax.Array) -> jax.Array:
         """The autoencoder's own latents [B, h, w, c] -> images [B, H, W, 3] about [-1, 1], in one piece."""
-        vae = cast(Any, self.pipeline.vae)
-        return vae.apply({"params": params["vae"]}, latents, method=vae.decode)
+        return self.base.codec.decode_unscaled(params, latents)
 
     def adapter_features(
         self, params: Params, conditions: Sequence[jax.Array], scales: Sequence[jax.Array]
@@ -204,22 +175,23 @@ class LatentDiffusion(System):
         lora: Params | None = None,
     ) -> jax.Array:
         """The network's output for noisy latents [B, h, w, c] at timesteps [B]; ControlNets see the latents alone."""
-        hidden, added = conditioning.hidden, None
-        if self.pipeline.is_xl:
-            added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
         residuals = None
         for i, net in enumerate(self.controlnets):
-            condition, scale = conditioning.conditions[i], conditioning.scales[i]
-            collections = {"params": params[numbered("controlnet", i)]}
-            more = net.apply(collections, latents, timesteps, hidden, condition, scale, added)
+            more = net.apply(
+                {"params": params[numbered("controlnet", i)]},
+                latents=latents,
+                timesteps=timesteps,
+                text=conditioning.hidden,
+                condition=conditioning.conditions[i],
+                scale=conditioning.scales[i],
+                added_cond=self.base.denoiser.added(conditioning),
+            )
             residuals = more if residuals is None else jax.tree.map(jnp.add, residuals, more)
         down, mid = (None, None) if residuals is None else cast(Any, residuals)
         if conditioning.extra is not None:
             latents = jnp.concatenate([latents, conditioning.extra], axis=-1)
-        unet = cast(Any, self.pipeline.unet)
-        features = conditioning.features or None
-        collections = _variables(params, lora, "unet")
-        return unet.apply(collections, latents, timesteps, hidden, added, down, mid, features).astype(jnp.float32)
+        more = {"down_residuals": down, "mid_residual": mid, "adapter_features": conditioning.features or None}
+        return self.base.denoiser(params, x=latents, t=timesteps, given=conditioning, lora=lora, **more)
 
     def noised(
         self, params: Params, batch: Batch, key: jax.Array, *, timestep_mode: str = "uniform", noise_offset: float = 0.0
@@ -229,20 +201,19 @@ class LatentDiffusion(System):
         `batch["times"]` in [0, 1), where present, replaces the drawn times (held-out losses at fixed times).
         `noise_offset` adds that much of one normal number per sample and channel to the noise.
         """
-        schedule = self.pipeline.schedule
+        process = self.base.process
         keys = jax.vmap(lambda k: jax.random.split(k, 4))(sample_keys(key, batch))
         clean = jax.lax.stop_gradient(self.latents(params, batch, keys[:, 0]))
         noise = jax.vmap(lambda k: jax.random.normal(k, clean.shape[1:]))(keys[:, 1])
         if noise_offset:
             shift = jax.vmap(lambda k: jax.random.normal(k, (1, 1, clean.shape[-1])))(keys[:, 2])
             noise = noise + noise_offset * shift
-        steps = schedule.num_train_timesteps
         if "times" in batch:
-            timesteps = jnp.floor(batch["times"] * steps).astype(jnp.int32)
+            timesteps = process.at_fraction(batch["times"])
         else:
-            timesteps = jax.vmap(lambda k: sample_timesteps(k, (), steps, timestep_mode))(keys[:, 3])
-        noisy = add_noise(schedule, clean, noise, timesteps)
-        return Noised(noisy, target(schedule, clean, noise, timesteps), timesteps)
+            timesteps = jax.vmap(lambda k: process.times(k, timestep_mode))(keys[:, 3])
+        noisy = process.noisy(clean, noise, timesteps)
+        return Noised(noisy, process.target(clean, noise, timesteps), timesteps)
 
     def noisy_prediction(
         self,
@@ -274,19 +245,6 @@ class LatentDiffusion(System):
         output = self.denoise(params, noised.latents, noised.timesteps, given, lora)
         return {"output": output, "target": noised.target}, noised.timesteps
 
-    @property
-    def _latent_channels(self) -> int:
-        return self.pipeline.vae.config["latent_channels"]
-
-    def _draw_posterior(self, mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> jax.Array:
-        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-        return (mean + jnp.exp(0.5 * logvar) * noise) * self.pipeline.vae.scaling_factor
-
-
-def numbered(name: str, index: int) -> str:
-    """Names of several of a kind as diffusers has them: name, name_2, name_3, ..."""
-    return name if index == 0 else f"{name}_{index + 1}"
-
 
 def _condition_image(batch: Batch | dict[str, np.ndarray], reader: str) -> jax.Array:
     if "conditioning_image" not in batch:
@@ -295,11 +253,3 @@ def _condition_image(batch: Batch | dict[str, np.ndarray], reader: str) -> jax.A
             "(data.conditioning for the people world, conditioning_image in metadata.jsonl)"
         )
     return jnp.asarray(batch["conditioning_image"]).astype(jnp.float32) / 255.0
-
-
-def _variables(params: Params, lora: Params | None, name: str) -> dict[str, PyTree]:
-    """The collections of one network's call."""
-    collections = {"params": params[name]}
-    if lora is not None and name in lora:
-        collections["lora"] = lora[name]
-    return collections

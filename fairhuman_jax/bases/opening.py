@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fairhuman_jax.bases.latent_diffusion import LatentDiffusion, numbered
+from fairhuman_jax.bases.base import numbered
+from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
 from fairhuman_jax.models import CLIPVision, ControlNet, T2IAdapter
 from fairhuman_jax.weights import Pipeline, load_model, load_pipeline
 from fairhuman_jax.weights.shapes import pipeline_shapes

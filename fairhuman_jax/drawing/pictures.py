@@ -79,7 +79,7 @@ def checked_size(asked: Size | None, given: Size | None, system: LatentDiffusion
 
     Raises: OptionError for an asked size that is no multiple of the autoencoder's factor.
     """
-    unet, factor = system.pipeline.unet, system.pipeline.vae.downscale
+    unet, factor = system.pipeline.unet, system.base.codec.downscale
     if asked is not None:
         if asked[0] % factor or asked[1] % factor or min(asked) < factor:
             raise OptionError("size", f"{{size}} {asked[0]}x{asked[1]}: both sides must be multiples of {factor}")

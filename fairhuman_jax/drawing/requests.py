@@ -32,8 +32,6 @@ from fairhuman_jax.diffusion import (
 
 PyTree = Any
 Params = dict[str, PyTree]
-# What SDXL's refiner is told about how pretty the picture is, with and without the prompt (its published defaults).
-AESTHETIC_SCORES = (6.0, 2.5)
 POSE_LATENTS = ("sample", "mode")  # of the posterior of a pose picture's latents
 
 
@@ -100,9 +98,9 @@ def draw_latents(
         if request.mask is not None:
             # A whole run leaves nothing of the picture under the mask, so it begins from noise alone.
             first = jnp.where(start == 0, start_noise(unit, schedule, steps, rule), first)
-            factor = system.pipeline.vae.downscale
+            factor = system.base.codec.downscale
             mask = request.mask[:, ::factor, ::factor].astype(jnp.float32)
-            if not system.pipeline.inpaints:
+            if system.base.denoiser.reads != "mask":
                 after_step = keep_known(known, unit, mask, schedule, steps, rule)
     conditional, unconditional = conditionings(system, params, request, keys, mask, lora)
 
@@ -136,11 +134,11 @@ def _extra_channels(
 ) -> jax.Array | None:
     """What a denoiser reads beside its latents: for inpainting mask and latents of the picture with a hole, or those of
     the pose picture."""
-    if system.pipeline.reads_pose:
+    if system.base.denoiser.reads == "pose":
         assert request.pose is not None, "checked in `make_request`"
         noise = _posterior_noise(system, request, keys, 1) if request.pose_latent == "sample" else None
         return system.encode_posterior(params, 2.0 * request.pose - 1.0, noise)
-    if not system.pipeline.inpaints:
+    if system.base.denoiser.reads != "mask":
         return None
     assert request.image is not None and request.mask is not None and mask is not None, "checked in `make_request`"
     holed = request.image * (request.mask < 0.5)
@@ -169,7 +167,7 @@ def conditionings(
     given = Conditioning(
         hidden,
         pooled,
-        time_ids=_time_ids(system, request, AESTHETIC_SCORES[0]),
+        time_ids=system.base.denoiser.size_ids(request.height, request.width, count),
         extra=_extra_channels(system, params, request, keys, mask),
         conditions=request.conditions[:nets],
         scales=tuple(jnp.broadcast_to(scale, (count,)) for scale in request.scales[:nets]),
@@ -179,18 +177,8 @@ def conditionings(
         hidden, pooled = jnp.zeros_like(hidden), jnp.zeros_like(pooled)
     else:
         hidden, pooled = system.encode_text(params, request.negative_ids, lora)
-    time_ids = _time_ids(system, request, AESTHETIC_SCORES[1])
+    time_ids = system.base.denoiser.size_ids(request.height, request.width, count, negative=True)
     return given, dataclasses.replace(given, hidden=hidden, pooled=pooled, time_ids=time_ids)
-
-
-def _time_ids(system: LatentDiffusion, request: SampleRequest, aesthetic_score: float) -> jax.Array | None:
-    """SDXL's sizes: those of an uncropped picture of the asked size, or the refiner's with a score at their end."""
-    if not system.pipeline.is_xl:
-        return None
-    height, width = request.height, request.width
-    end = (aesthetic_score,) if system.pipeline.requires_aesthetics_score else (height, width)
-    ids = jnp.array([height, width, 0, 0, *end], jnp.float32)
-    return jnp.broadcast_to(ids, (request.seeds.shape[0], len(ids)))
 
 
 def make_request(
@@ -250,7 +238,7 @@ def make_request(
         steps=steps,
         scheduler=scheduler,
         guided=guidance > 1.0,
-        empty_negative=negative is None and system.pipeline.is_xl and system.pipeline.force_zeros_for_empty_prompt,
+        empty_negative=negative is None and system.base.text.empty_is_zero,
         pose_latent=pose_latent,
     )
 
@@ -270,7 +258,7 @@ def preview_request(
     if "image" in held_out:
         height, width = held_out["image"].shape[1:3]
     else:
-        height, width = (side * system.pipeline.vae.downscale for side in held_out["latent_mean"].shape[1:3])
+        height, width = (side * system.base.codec.downscale for side in held_out["latent_mean"].shape[1:3])
     size = (height, width)
     conditions, pose = system.condition_images(held_out), system.pose_images(held_out)
     blank = np.zeros((*size, 3), np.uint8)
@@ -299,7 +287,7 @@ def _check(
 ) -> None:
     if mask is not None and image is None:
         raise ValueError("a mask needs the image that it is for")
-    if system.pipeline.inpaints and mask is None:
+    if system.base.denoiser.reads == "mask" and mask is None:
         raise ValueError("this denoiser was trained for inpainting: it needs an image and a mask")
     wanted = len(system.controlnets) + len(system.adapters)
     if not wanted == len(conditions) == len(scales):
@@ -314,12 +302,12 @@ def _check(
 
 def _check_pose(system: LatentDiffusion, size: tuple[int, int], pose: np.ndarray | None, pose_latent: str) -> None:
     check_pose_latent(pose_latent)
-    if system.pipeline.reads_pose and pose is None:
+    if system.base.denoiser.reads == "pose" and pose is None:
         raise ValueError("this denoiser reads a pose beside its latents (HumanSD): it needs a pose picture")
     if pose is None:
         return
-    if not system.pipeline.reads_pose:
-        channels = system.pipeline.unet.in_channels
+    if system.base.denoiser.reads != "pose":
+        channels = system.base.denoiser.channels
         raise ValueError(
             f"a pose picture is for HumanSD, whose denoiser reads its latents; this one has {channels} channels"
         )

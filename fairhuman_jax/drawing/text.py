@@ -157,7 +157,7 @@ def open_networks(
 def warn_of_truncation(system: LatentDiffusion, prompts: Sequence[str]) -> None:
     """Warns of each prompt that is longer than the text encoders read."""
     prompts = list(dict.fromkeys(prompts))
-    for tokenizer in system.pipeline.tokenizers:
+    for tokenizer in system.base.text.tokenizers:
         for index, cut in tokens_cut(tokenizer, prompts).items():
             warnings.warn(
                 f"prompt {index + 1} is {cut} tokens too long for this model; its end is left out "

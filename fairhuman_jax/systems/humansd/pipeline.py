@@ -125,12 +125,12 @@ class HumanSDPipeline(TextPipeline):
         else:
             alone = dataclasses.replace(options, controlnet=(), adapter=(), control_scale=(), compare_base=None)
             pipeline = super().open(alone)
-        if not pipeline.system.pipeline.reads_pose:
-            base = pipeline.system.pipeline
+        if pipeline.system.base.denoiser.reads != "pose":
+            base = pipeline.system.base
             raise OptionError(
                 "base",
-                f"{{base}} {options.base} is not HumanSD: its denoiser reads {base.unet.in_channels} channels, "
-                f"HumanSD's reads {2 * base.vae.config['latent_channels']}; a pose picture is for HumanSD alone",
+                f"{{base}} {options.base} is not HumanSD: its denoiser reads {base.denoiser.channels} channels, "
+                f"HumanSD's reads {2 * base.codec.channels}; a pose picture is for HumanSD alone",
             )
         assert isinstance(pipeline, HumanSDPipeline)
         return pipeline

@@ -18,6 +18,7 @@ import numpy as np
 
 from fairhuman_jax.bases.latent_diffusion import LatentDiffusion
 from fairhuman_jax.bases.opening import computing_in, open_base, trained
+from fairhuman_jax.bases.stable_diffusion import stable_diffusion
 from fairhuman_jax.contract import Batch, Parts, PreviewConfig, SystemConfig, check_fixed, sample_keys
 from fairhuman_jax.diffusion import to_epsilon
 from fairhuman_jax.drawing.requests import SampleRequest, check_pose_latent, draw_images, preview_request
@@ -247,7 +248,7 @@ def with_pose_channels(pipeline: Pipeline) -> Pipeline:
     already stays as it is. Parameters may be shapes. Raises ValueError for a denoiser that reads something else.
     """
     unet, channels = pipeline.unet, pipeline.vae.config["latent_channels"]
-    if pipeline.reads_pose:
+    if stable_diffusion(pipeline).denoiser.reads == "pose":
         return pipeline
     if unet.in_channels != channels:
         raise ValueError(
