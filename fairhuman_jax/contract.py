@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+MARKER = "<|image|>"  # in captions, behind the word of a person whose reference picture is given
 PyTree = Any
 Batch = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]

@@ -57,7 +57,7 @@ class Denoiser(Protocol):
 
     @property
     def reads(self) -> str:
-        """What its input holds beside latents: "", "mask" (and a picture with a hole) or "pose" (a skeleton's latents)."""
+        """What its input holds beside latents: "", "mask" (and a holed picture) or "pose" (a skeleton's latents)."""
         ...
 
     @property

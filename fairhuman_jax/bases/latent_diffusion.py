@@ -47,8 +47,8 @@ class LatentDiffusion(System):
 
     @property
     def opened(self) -> Params:
-        """The pipeline's parameters."""
-        return self.pipeline.params
+        """The base's parameters."""
+        return self.base.params
 
     def with_opened(self, params: Params) -> LatentDiffusion:
         """The system around the pipeline with other parameters."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from fairhuman_jax.contract import MARKER
 from fairhuman_jax.data.folder import FileDataset
 from fairhuman_jax.data.pictures import BadSample, read_image
 
 SPLITS = {"train": "image_ids_train.txt", "test": "image_ids_test.txt", "all": "image_ids.txt"}
-MARKER = "<|image|>"  # stands behind the word that a person's picture is joined to
 SHARD = 5  # first digits of an id: the folder that its files lie in
 Box = tuple[int, int, int, int]
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fairhuman_jax.contract import MARKER
 from fairhuman_jax.files import replacing, write_json
 from fairhuman_jax.weights.clip_tokenizer import END, END_OF_WORD, START, CLIPTokenizer, Merge
 
 LONGEST_PROMPT = 1 << 20  # transformers means "no limit" by any larger model_max_length
-MARKER = "<|image|>"
 
 
 class SubjectTokens(NamedTuple):

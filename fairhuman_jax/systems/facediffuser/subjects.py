@@ -83,9 +83,9 @@ class SubjectDiffusion(LatentDiffusion):
         unet = cast(Any, self.pipeline.unet)
         output, collections = unet.apply(
             {"params": params["unet"]},
-            latents,
-            timesteps,
-            given.hidden,
+            latents=latents,
+            timesteps=timesteps,
+            text=given.hidden,
             watched=positions,
             watched_blocks=blocks,
             mutable=[COLUMNS],
