@@ -35,10 +35,10 @@ def pipeline_class(name: str) -> Any:
     return getattr(importlib.import_module(module), cls)
 
 
-def open_pipeline(base: str = "people", *, system: str = "text", **options: Any) -> Any:
+def open_pipeline(base: str | None = None, *, system: str = "text", **options: Any) -> Any:
     """Opens models to draw with: `picture = open_pipeline("people")("a woman waving", seed=3)` is a PIL image.
 
-    base: "people" (shipped), a diffusers folder, a checkpoint file or a hub id. system: a name in `PIPELINES`. options:
+    base: "people" (shipped, the default), a diffusers folder, a checkpoint file or a hub id. system: a name in `PIPELINES`. options:
     fields of the system's options, as in lora="style.safetensors:0.7", dtype="bfloat16", steps=30; those that name no
     model are defaults of each call. Returns a pipeline (`drawing.pipeline.PipelineBase`).
     Raises: OptionError for an unknown option or a wrong value; ValueError and OSError for models that cannot be read.
@@ -46,7 +46,8 @@ def open_pipeline(base: str = "people", *, system: str = "text", **options: Any)
     from fairhuman_jax.drawing.options import make_options
 
     pipeline = pipeline_class(system)
-    return pipeline.open(make_options(pipeline.Options, {"base": base, **options}))
+    named = {} if base is None else {"base": base}
+    return pipeline.open(make_options(pipeline.Options, named | options))
 
 
 def stored_run(folder: Path) -> Any:
