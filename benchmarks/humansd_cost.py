@@ -34,7 +34,7 @@ RUNS = {ENCODE: (3, 2, 3), DECODE: (1, 1, 2), POSE: (1, 1, 1), TEXT: (1, 1, 1)}
 
 def system_of_shapes(remat: str, loss: str) -> HumanSD:
     """HumanSD at full size with shapes for parameters."""
-    base = open_base(BASE, shapes_only=True, remat=remat)
+    base = open_base(BASE, shapes=True, remat=remat)
     system = HumanSDConfig(pose_latent="sample", remat=remat).attach(base)
     network = HigherHRNet.from_config(presets.HIGHER_HRNET_W48)
     config = dataclasses.replace(system.config, loss=loss, pose_network="shapes")

@@ -92,7 +92,7 @@ class TorchTrainer:
         self.spread = torch.exp(0.5 * nchw("latent_logvar"))
         self.masks = [functional.avg_pool2d(nchw(name), 4).ge(0.25).float() for name in ("face_mask", "hand_mask")]
         self.text = torch.from_numpy(batch["text_hidden"])
-        alphas = open_base("people", shapes_only=True).schedule.alphas_cumprod
+        alphas = open_base("people", shapes=True).schedule.alphas_cumprod
         self.alphas = torch.from_numpy(np.array(alphas)).float()
         self.random = torch.Generator().manual_seed(0)
 

@@ -38,9 +38,9 @@ def pipeline_class(name: str) -> Any:
 def open_pipeline(base: str | None = None, *, system: str = "text", **options: Any) -> Any:
     """Opens models to draw with: `picture = open_pipeline("people")("a woman waving", seed=3)` is a PIL image.
 
-    base: "people" (shipped, the default), a diffusers folder, a checkpoint file or a hub id. system: a name in `PIPELINES`. options:
-    fields of the system's options, as in lora="style.safetensors:0.7", dtype="bfloat16", steps=30; those that name no
-    model are defaults of each call. Returns a pipeline (`drawing.pipeline.PipelineBase`).
+    base: "people" (shipped, the default), a diffusers folder, a checkpoint file or a hub id. system: a name in
+    `PIPELINES`. options: fields of the system's options, as in lora="style.safetensors:0.7", dtype="bfloat16",
+    steps=30; those that name no model are defaults of each call. Returns a pipeline (`drawing.pipeline.PipelineBase`).
     Raises: OptionError for an unknown option or a wrong value; ValueError and OSError for models that cannot be read.
     """
     from fairhuman_jax.drawing.options import make_options

@@ -53,7 +53,7 @@ def test_weights_need_not_be_there(folder, tmp_path):
     ],
 )
 def test_published_models_are_known_without_a_download(base, unet, prediction, side):
-    pipeline = open_base(base, dtype="bfloat16", shapes_only=True, remat="full")
+    pipeline = open_base(base, dtype="bfloat16", shapes=True, remat="full")
     leaves = jax.tree.leaves(pipeline.params["unet"])
     assert sum(math.prod(leaf.shape) for leaf in leaves) == unet
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
@@ -66,7 +66,7 @@ def test_what_is_not_known_is_refused_in_one_line(folder, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"me/model: no such folder, nor a model whose shapes are known.*xl-base"
     ):
-        open_base("me/model", shapes_only=True)
+        open_base("me/model", shapes=True)
     single = tmp_path / "model.safetensors"
     single.write_bytes(b"")
     with pytest.raises(ValueError, match=r"model.safetensors is a single file; shapes are known of folders and of"):

@@ -96,7 +96,7 @@ def test_the_widened_denoiser_answers_as_the_base_whatever_the_pose():
 
 
 def test_at_full_size_it_has_the_published_shapes():
-    base = open_base("stabilityai/stable-diffusion-2-1-base", shapes_only=True)
+    base = open_base("stabilityai/stable-diffusion-2-1-base", shapes=True)
     unet = HumanSDConfig().attach(base).pipeline
     assert unet.unet.to_config() == UNet2DCondition.from_config(presets.HUMANSD_UNET).to_config()
     sizes = [leaf.size for leaf in jax.tree.leaves(unet.params["unet"])]
