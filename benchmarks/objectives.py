@@ -46,7 +46,7 @@ Interval = tuple[float, float]  # mean and half of the interval's length
 
 
 def arm_settings(arm: str) -> list[str]:
-    """`--set` arguments of an arm. Raises ValueError for a rule that does not exist or a bad interval."""
+    """`--set` arguments of an arm. Raises: ValueError for a rule that does not exist or a bad interval."""
     method, _, every = arm.partition("/")
     if method not in COMBINERS:
         raise ValueError(f"arm {arm!r}: no rule {method!r}; known: {', '.join(COMBINERS)}")

@@ -110,7 +110,10 @@ def compile_row(row: Row) -> dict[str, Any]:
 
 
 def compile_apart(row: Row) -> dict[str, Any]:
-    """The same in a process of its own, whose memory the next row gets back. Errors: the process's last line."""
+    """The same in a process of its own, whose memory the next row gets back.
+
+    Raises: ValueError for the process's last line.
+    """
     given = json.dumps(dataclasses.asdict(row))
     done = subprocess.run([sys.executable, __file__, "--row", given], capture_output=True, text=True, check=False)
     if done.returncode:

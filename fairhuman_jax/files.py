@@ -19,7 +19,7 @@ ALIGNMENT = 64
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` when the block ends without error, and vanishes otherwise.
 
-    Errors: OSError in one line (full disk, no permission); a file that was there before is then untouched.
+    Raises: OSError: OSError in one line (full disk, no permission); a file that was there before is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,7 +58,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Errors, naming the file: FileNotFoundError, ValueError when it is no such thing."""
+    """Read a JSON object.
+
+    Raises: FileNotFoundError, ValueError, naming the file: FileNotFoundError, ValueError when it is no such thing.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:

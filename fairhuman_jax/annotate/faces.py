@@ -61,7 +61,7 @@ class MediaPipeFaces:
     """Finds the faces on a picture uint8 [H, W, 3] of any size, near and far ones.
 
     folder: of the networks, default the cache; threshold: least score of a detection; threads: of LiteRT.
-    Errors: those of `LiteModel`; ValueError for what is no such picture.
+    Raises: as `LiteModel`; ValueError for what is no such picture.
     """
 
     def __init__(self, folder: Path | None = None, threshold: float = LEAST_SCORE, threads: int | None = None) -> None:

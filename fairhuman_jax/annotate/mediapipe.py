@@ -91,7 +91,7 @@ class MediaPipePoses:
     """A `PoseDetector` of MediaPipe's networks: any number of people, one after the other; masks of them besides.
 
     folder: of the networks, default the cache; threshold: least score of a detection; threads: of LiteRT.
-    Errors: those of `LiteModel`; ValueError for what is no picture uint8 [H, W, 3].
+    Raises: as `LiteModel`; ValueError for what is no picture uint8 [H, W, 3].
     """
 
     def __init__(self, folder: Path | None = None, threshold: float = LEAST_SCORE, threads: int | None = None) -> None:

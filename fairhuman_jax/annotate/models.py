@@ -75,14 +75,14 @@ MODELS = {
 def fetch_models(folder: Path | None = None) -> list[Path]:
     """Paths of all MODELS in `folder` (default: one of the cache); absent or damaged ones are fetched first.
 
-    Errors, one line each: those of `data.packages.cached_files`.
+    Raises: as `packages.cached_files`.
     """
     members = {model.path: model.sha256 for model in MODELS.values()}
     return list(cached_files(PACKAGE, members, folder).values())
 
 
 def model_path(name: str, folder: Path | None = None) -> Path:
-    """Path of one of MODELS. Errors: FileNotFoundError when it was not fetched, ValueError when it is another file."""
+    """Path of one of MODELS. Raises: FileNotFoundError when it was not fetched, ValueError when it is another file."""
     return fetched_file(PACKAGE, MODELS[name].path, MODELS[name].sha256, FETCH, folder, label=name)
 
 
@@ -90,7 +90,7 @@ class LiteModel:
     """One of MODELS, run by LiteRT on the CPU, one picture at a time.
 
     Call it with a picture float [side, side, 3] in [0, 1]; it gives the network's outputs in their order, float32,
-    without the batch axis. Errors: those of `model_path`; ValueError when LiteRT is not installed.
+    without the batch axis. Raises: as `model_path`; ValueError when LiteRT is not installed.
     """
 
     def __init__(self, name: str, folder: Path | None = None, threads: int | None = None) -> None:

@@ -101,7 +101,7 @@ class LatentDiffusion(System):
     def text_states(self, params: Params, batch: Batch, lora: Params | None = None) -> tuple[jax.Array, jax.Array]:
         """`encode_text` of a batch, or its cached `text_hidden` [B, L, D] and `text_pooled` [B, P].
 
-        Errors: cached text where a text encoder's LoRA trains, which it would not reach.
+        Raises: ValueError for cached text where a text encoder's LoRA trains, which it would not reach.
         """
         if "text_hidden" not in batch:
             return self.encode_text(params, batch, lora)
@@ -112,7 +112,7 @@ class LatentDiffusion(System):
     def condition_images(self, batch: Batch | dict[str, np.ndarray]) -> tuple[jax.Array, ...]:
         """A batch's `conditioning_image`, uint8 [B, H, W, 3], in [0, 1]: one for each ControlNet and T2I-Adapter.
 
-        Errors: a batch without it where a network reads one.
+        Raises: ValueError for a batch without it where a network reads one.
         """
         networks = (*self.controlnets, *self.adapters)
         if not networks:
@@ -122,7 +122,7 @@ class LatentDiffusion(System):
     def pose_images(self, batch: Batch | dict[str, np.ndarray]) -> jax.Array | None:
         """A batch's `conditioning_image` in [0, 1] for a denoiser that reads the latents of a pose, else None.
 
-        Errors: a batch without it where the denoiser reads one.
+        Raises: ValueError for a batch without it where the denoiser reads one.
         """
         return _condition_image(batch, "HumanSD") if self.base.denoiser.reads == "pose" else None
 

@@ -44,7 +44,7 @@ def open_system(
 ) -> tuple[LatentDiffusion, dict[str, PyTree]]:
     """A pipeline with ControlNets and T2I-Adapters to sample with, and all parameters by network.
 
-    Errors: those of loading; a ControlNet or adapter that was made for another base.
+    Raises: FileNotFoundError, ValueError, as loading; a ControlNet or adapter that was made for another base.
     """
     pipeline = open_base(base, dtype=dtype, **options)
     params = dict(pipeline.params)
@@ -100,7 +100,7 @@ def _check_fit(path: str, net: ControlNet | T2IAdapter, pipeline: Pipeline) -> N
 def open_image_encoder(path: str, **options: Any) -> tuple[CLIPVision, PyTree]:
     """A CLIP image encoder and its parameters: "people", which ships with the package, or what `load_model` reads.
 
-    Errors: those of `load_model`; another network.
+    Raises: ValueError, as `load_model`; another network.
     """
     encoder, params = load_model(str(or_shipped(path, "people_identity")), **options)
     if not isinstance(encoder, CLIPVision):

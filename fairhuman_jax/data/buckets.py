@@ -20,7 +20,7 @@ def bucket_shapes(resolution: int, step: int = 64, max_aspect: float = 2.0) -> t
 
     For each short side k step <= resolution the long side is floor(resolution^2 / (k step^2)) step, so no bucket needs
     more memory than the square; at 1024 these are 1024 x 1024, 1088 x 960, 1152 x 896, 1216 x 832 and 1344 x 768, lying
-    and standing. Ordered from the tallest to the widest. Raises ValueError: resolution is no multiple of step, or
+    and standing. Ordered from the tallest to the widest. Raises: ValueError for resolution is no multiple of step, or
     max_aspect < 1.
     """
     if step < 1 or resolution < step or resolution % step:

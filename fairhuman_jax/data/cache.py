@@ -92,7 +92,8 @@ def cached_people(
     `conditions.detected_points` gives them.
 
     The folder's name covers the arguments and the renderer's own source, so a changed renderer draws anew. The folder
-    appears whole or not at all. FAIRHUMAN_CACHE names another place for it. Errors: no room or no right to write.
+    appears whole or not at all. FAIRHUMAN_CACHE names another place for it. Raises: OSError for no room or no right to
+    write.
     """
     source = PeopleDataset(size, length, seed, start=start, conditioning=conditioning)
     layers = (f"-{conditioning}" if conditioning else "") + ("-keypoints" if keypoints else "")

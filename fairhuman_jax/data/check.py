@@ -99,7 +99,7 @@ def check_folder(folder: str | os.PathLike[str], resolution: int = 1024, workers
     `resolution` is that of the training to come, for buckets and for the question which regions survive at latent
     size. Problems: files missing or unreadable, masks of another shape or that cover everything, empty captions, bad
     lines of metadata. Notes: masks without a region, captions over 60 words, the same image twice, pictures smaller
-    than `resolution`. Raises FileNotFoundError, ValueError as FolderDataset does.
+    than `resolution`. Raises: FileNotFoundError, ValueError as FolderDataset does.
     """
     data = FolderDataset(folder)
     broken = data.bad_lines()
@@ -192,7 +192,7 @@ def latent_cells(mask: np.ndarray, method: str, factor: int = 8) -> np.ndarray:
 
 
 def sheet(folder: str | os.PathLike[str], count: int = SHEET, tile: int = TILE) -> Image.Image:
-    """Picture of `count` samples spread over the folder, masks laid over, captions below. Raises BadSample."""
+    """Picture of `count` samples spread over the folder, masks laid over, captions below. Raises: BadSample."""
     data = FolderDataset(folder)
     chosen = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
     samples = [data[int(index)] for index in chosen]

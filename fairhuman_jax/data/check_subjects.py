@@ -44,7 +44,7 @@ def check_subjects(folder: str | os.PathLike[str], resolution: int = 512, worker
 
     Problems: lines that are no ids, files missing or unreadable, segments that do not fit map, picture or caption,
     empty captions. Notes: samples of two lists for training and tests, no person, several persons of one word, a
-    person below 1 % of the picture, long captions, the same image twice, small pictures. Raises FileNotFoundError,
+    person below 1 % of the picture, long captions, the same image twice, small pictures. Raises: FileNotFoundError,
     ValueError as SubjectDataset does.
     """
     root = Path(folder)
@@ -87,7 +87,7 @@ def inspect(task: Task, resolution: int) -> SubjectFinding:
 
 
 def subject_sheet(folder: str | os.PathLike[str], count: int = SHEET, tile: int = TILE) -> Image.Image:
-    """Picture of `count` samples spread over the folder: people tinted and cut out, captions. Raises BadSample."""
+    """Picture of `count` samples spread over the folder: people tinted and cut out, captions. Raises: BadSample."""
     data = SubjectDataset(folder)
     chosen = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
     transform, rng = (

@@ -33,7 +33,7 @@ def export_folder(
 
     Masks become 0 / 255 grey pictures; keys that a sample lacks are left out of its line. The metadata is
     written last and in one move, so a folder that has it is whole. `report(done, count)` is called after each
-    sample. Raises FileExistsError when the folder holds metadata already, ValueError when the source is
+    sample. Raises: FileExistsError when the folder holds metadata already, ValueError when the source is
     shorter than `count`.
     """
     root = Path(folder)

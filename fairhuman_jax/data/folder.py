@@ -42,7 +42,7 @@ class FileDataset(ABC):
 
     `on_error`: "skip" replaces a bad sample by the next good one (so the order stays a function of the index alone) and
     counts it in `bad`, also when worker processes met it; "stop" raises BadSample. `root`: what paths are relative to.
-    Raises FileNotFoundError: no `metadata`. ValueError: another `on_error`.
+    Raises: FileNotFoundError for no `metadata`. ValueError: another `on_error`.
     """
 
     def __init__(self, root: Path, metadata: Path, on_error: str, layout: str) -> None:
@@ -74,7 +74,7 @@ class FileDataset(ABC):
 
     @abstractmethod
     def load(self, index: int) -> dict[str, Any]:
-        """Sample `index` itself, whatever `on_error` says. Raises BadSample."""
+        """Sample `index` itself, whatever `on_error` says. Raises: BadSample."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -86,7 +86,7 @@ class FileDataset(ABC):
         return self._first_good(index, lambda i: read_size(self.files(i)["image"]))
 
     def digest(self, index: int) -> str:
-        """Hexadecimal digest of the content of sample `index`: its files and its captions. Raises BadSample."""
+        """Hexadecimal digest of the content of sample `index`: its files and its captions. Raises: BadSample."""
         digest = hashlib.blake2b(json.dumps(self.captions(index)).encode(), digest_size=16)
         for name, path in sorted(self.files(index).items()):
             try:
@@ -259,7 +259,7 @@ class FolderDataset(FileDataset):
     # -- pixels ----------------------------------------------------------------------------------------------
 
     def load(self, index: int) -> dict[str, Any]:
-        """Sample `index` itself, whatever `on_error` says. Raises BadSample."""
+        """Sample `index` itself, whatever `on_error` says. Raises: BadSample."""
         files, captions = self.files(index), self.captions(index)
         image = read_image(files["image"])
         sample: dict[str, Any] = {"image": image, "caption": captions[0]}
@@ -273,8 +273,8 @@ class FolderDataset(FileDataset):
 def read_layer(name: str, file: File | None, size: tuple[int, int], image_name: str) -> np.ndarray:
     """A mask (uint8 [H, W, 1] in {0, 1}) or, for any other name, a control image (uint8 [H, W, 3]) of the image's size.
 
-    No file: an empty mask, a black control image. Another size of the same shape is resized. Raises BadSample: a file
-    that cannot be read, or of another aspect ratio.
+    No file: an empty mask, a black control image. Another size of the same shape is resized. Raises: BadSample for a
+    file that cannot be read, or of another aspect ratio.
     """
     is_mask = name.endswith("mask")
     if not file:

@@ -35,7 +35,7 @@ class PoseTransform(JointTransform):
     exchanging the sides, turned upside down (.1), turned by up to 90 degrees with reflected borders (.1), recoloured
     (.4) and relit (.2) at random; joints outside the picture are moved to its first pixel; only the first ten people
     count and are drawn, in rows of their own. Needs crop="random", flip=0 and no masks. The picture is resized with
-    our filter, not by area. Raises ValueError: options; a sample without key points. Source: HumanSD, ldm/data.
+    our filter, not by area. Raises: ValueError for options; a sample without key points. Source: HumanSD, ldm/data.
     """
 
     keypoints: tuple[str, ...] = ("coco17",)

@@ -201,7 +201,7 @@ class BatchIterator:
         return {"step": self._step} | self._order
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises ValueError when the data order is not the same one."""
+        """Continue where `state` was taken. Raises: ValueError when the data order is not the same one."""
         for name, value in self._order.items():
             if name != "shards" and state.get(name) != value:
                 raise ValueError(f"data order differs: {name} is {value} here and {state.get(name)} in the saved state")
@@ -248,7 +248,7 @@ def make_loader(
     only, never the batches.
 
     Batch: the transform's arrays stacked (image uint8 [B, H, W, 3], masks uint8 [B, H, W, 1], time_ids
-    float32 [B, 6]) and the tokenizer's. Raises ValueError on settings that do not fit.
+    float32 [B, 6]) and the tokenizer's. Raises: ValueError on settings that do not fit.
     """
     index, count = shard
     if len(source) < 1:

@@ -24,7 +24,7 @@ def read_image(file: File, background: int = 255) -> np.ndarray:
     """Any picture file as RGB, uint8 [H, W, 3].
 
     EXIF orientation is applied; palettes and greys become RGB; 16-bit values are divided by 257; transparent
-    pixels are laid over a grey `background`. Raises BadSample naming the file when it is missing, damaged or
+    pixels are laid over a grey `background`. Raises: BadSample naming the file when it is missing, damaged or
     no picture.
     """
     with _open(file) as opened:
@@ -33,7 +33,7 @@ def read_image(file: File, background: int = 255) -> np.ndarray:
 
 
 def read_size(file: File) -> tuple[int, int]:
-    """(height, width) of a picture as `read_image` gives it, from the file's header alone. Raises BadSample."""
+    """(height, width) of a picture as `read_image` gives it, from the file's header alone. Raises: BadSample."""
     with _open(file) as opened:
         width, height = opened.size
         # Pillow decodes a whole PNG file to look for an orientation behind the pixels; such a one is not looked for.

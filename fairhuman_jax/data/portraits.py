@@ -83,7 +83,7 @@ def box_mask(size: tuple[int, int], boxes: tuple[Box, ...], dilation: int = DILA
 def write_portraits(folder: Path, package: bytes) -> Path:
     """Photos and masks from the package's bytes into `folder`; returns the path of `metadata.jsonl`.
 
-    Raises ValueError when the bytes are not those of PACKAGE, FileExistsError when the folder holds metadata
+    Raises: ValueError when the bytes are not those of PACKAGE, FileExistsError when the folder holds metadata
     already.
     """
     if digest(package) != PACKAGE.sha256:

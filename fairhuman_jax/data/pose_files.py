@@ -31,8 +31,8 @@ class MappingDataset(FileDataset):
 
     base: the folder that paths are relative to; None: the mapping file's own or, where none of the images is there, the
     nearest above it that has one. `on_error`: see FileDataset; entries that lack a path or the prompt are found at
-    construction. Raises FileNotFoundError: no such file, or no image of it on this disk; ValueError: no JSON object, or
-    no usable entry. Source: HumanSD, README and ldm/data.
+    construction. Raises: FileNotFoundError for no such file, or no image of it on this disk; ValueError: no JSON
+    object, or no usable entry. Source: HumanSD, README and ldm/data.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MappingDataset(FileDataset):
         return Path(self._entries[index][1][COLUMNS["image"]]).parent.name
 
     def load(self, index: int) -> dict[str, Any]:
-        """Sample `index` itself, whatever `on_error` says. Raises BadSample."""
+        """Sample `index` itself, whatever `on_error` says. Raises: BadSample."""
         files = self.files(index)
         image = read_image(files["image"])
         try:
@@ -124,7 +124,8 @@ def read_url_list(file: str | os.PathLike[str]) -> list[tuple[str, str]]:
     """(key, url) of every row of a parquet list (columns `key`, `url`), in its order.
 
     The lists hold all pictures that were looked at, the mapping file those with people: download what the latter names.
-    Needs pyarrow. Raises ImportError: not installed. FileNotFoundError. ValueError: no parquet file with both columns.
+    Needs pyarrow. Raises: ImportError for not installed. FileNotFoundError. ValueError: no parquet file with both
+    columns.
     """
     try:
         import pyarrow as arrow

@@ -35,8 +35,8 @@ class ShardWriter:
     `keys`: the content keys of all samples in their order (None: a sample that cannot be read); from now on readers see
     these samples alone, as far as their records are there. `missing` is what is left to write: what a run that was
     killed had finished, and what has not changed, is not in it. `empty_text`: embedding of the empty caption, for
-    records with embeddings. Raises FileExistsError: the folder holds something else. OSError: no room or no right to
-    write; the shards finished before stay readable.
+    records with embeddings. Raises: FileExistsError for the folder holds something else. OSError: no room or no right
+    to write; the shards finished before stay readable.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class ShardedDataset:
     A sample: `latent_mean`, `latent_logvar` float16 [h, w, c], masks, `conditioning_image`, `time_ids` as they were
     written, `caption` and `captions`; with embeddings also `texts`, one {"text_hidden" float16 [L, D], "text_pooled"
     float16 [P]} a caption, and `empty_text`, the same of the empty caption. `shapes`: the latents' of every sample.
-    `absent`: samples of the manifest without a record yet. Raises FileNotFoundError: no manifest. ValueError: unknown
-    format, no record, a damaged shard.
+    `absent`: samples of the manifest without a record yet. Raises: FileNotFoundError for no manifest. ValueError:
+    unknown format, no record, a damaged shard.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

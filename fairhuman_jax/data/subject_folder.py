@@ -41,7 +41,8 @@ class SubjectDataset(FileDataset):
     least five digits. A sample is `image` uint8 [H, W, 3] (upright RGB, see `read_image`), `caption` str, `segment_map`
     integer [H, W] of that picture's pixels, `segments`: a tuple of Segment, which may be empty. `split`: "train",
     "test" or "all" (`image_ids.txt`). `on_error`: see FileDataset; lines that are no ids are found at construction.
-    Raises FileNotFoundError: no such list. ValueError: another split, no usable line. Source: FastComposer, data.py.
+    Raises: FileNotFoundError for no such list. ValueError: another split, no usable line. Source: FastComposer,
+    data.py.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train", on_error: str = "skip") -> None:
@@ -69,7 +70,7 @@ class SubjectDataset(FileDataset):
         return self._ids[index]
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The caption of sample `index`, alone. Raises BadSample."""
+        """The caption of sample `index`, alone. Raises: BadSample."""
         return (read_record(self.files(index)["record"])[0],)
 
     def files(self, index: int) -> dict[str, Path]:
@@ -83,7 +84,7 @@ class SubjectDataset(FileDataset):
         }
 
     def load(self, index: int) -> dict[str, Any]:
-        """Sample `index` itself, whatever `on_error` says. Raises BadSample."""
+        """Sample `index` itself, whatever `on_error` says. Raises: BadSample."""
         return read_subjects(self.files(index))
 
     def __repr__(self) -> str:
@@ -91,7 +92,10 @@ class SubjectDataset(FileDataset):
 
 
 def read_subjects(files: Mapping[str, Path]) -> dict[str, Any]:
-    """The sample of three files as `SubjectDataset.files` names them. Raises BadSample: any of them cannot be used."""
+    """The sample of three files as `SubjectDataset.files` names them.
+
+    Raises: BadSample for any of them cannot be used.
+    """
     caption, segments = read_record(files["record"])
     image = read_image(files["image"])
     ids = read_segment_map(files["segment_map"])
@@ -109,7 +113,10 @@ def read_subjects(files: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> tuple[str, tuple[Segment, ...]]:
-    """Caption and segments of a json file, checked as far as that is possible without the picture. Raises BadSample."""
+    """Caption and segments of a json file, checked as far as that is possible without the picture.
+
+    Raises: BadSample.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -144,7 +151,7 @@ def _is_whole(number: Any) -> bool:
 
 
 def read_segment_map(path: Path) -> np.ndarray:
-    """The integers [H, W] of an npy file; never unpickles. Raises BadSample."""
+    """The integers [H, W] of an npy file; never unpickles. Raises: BadSample."""
     try:
         # Mapped, so that a header that promises too much is an error and not an allocation.
         mapped = np.lib.format.open_memmap(path, mode="r")

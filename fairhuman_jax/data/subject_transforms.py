@@ -70,7 +70,7 @@ class SubjectTransform(JointTransform):
     Objects that the crop cut off are left out, and of several that one word names, all but the largest: so the k-th
     marker is always the k-th object's. compat "reference" is what FastComposer does, also where it goes wrong: pictures
     higher than wide get black bars and mixed segment ids at borders, objects of one word take the places of those
-    behind them, the zoom is none; needs a square and crop="center". Raises ValueError: options; a sample without
+    behind them, the zoom is none; needs a square and crop="center". Raises: ValueError for options; a sample without
     segments. Source: FastComposer, data.py; Face-diffuser, data.py.
     """
 

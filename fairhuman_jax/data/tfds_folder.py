@@ -15,7 +15,7 @@ INFO = "dataset_info.json"
 class TFDSDataset:
     """Random access to the samples of a TFDS version folder (`OUT/fair_human/1.0.0`), as FolderDataset gives them.
 
-    The order and the arrays are the folder's that it was built from. Picklable. Raises FileNotFoundError, ValueError:
+    The order and the arrays are the folder's that it was built from. Picklable. Raises: FileNotFoundError, ValueError:
     no such data set, another file format than ArrayRecord, no image or caption in it, files cut short.
     """
 
@@ -80,7 +80,7 @@ def build_tfds(folder: str | os.PathLike[str], out: str | os.PathLike[str], on_e
     """Write the `metadata.jsonl` folder as TFDS data set `fair_human` under `out`; needs no TensorFlow.
 
     `on_error`: "stop" raises BadSample at the first sample that cannot be read, "skip" leaves it out. Returns the
-    version folder, which appears whole or not at all, and the number of samples left out. Raises FileExistsError.
+    version folder, which appears whole or not at all, and the number of samples left out. Raises: FileExistsError.
     """
     from fairhuman_jax.data.tfds_builder import FairHuman  # imports TFDS, which takes a second
 

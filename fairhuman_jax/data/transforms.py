@@ -115,7 +115,7 @@ class JointTransform:
     gives `image`, `conditioning_image` if the sample has one (uint8 [h, w, 3]), `masks` (uint8 [h, w, 1] in {0, 1};
     face_mask and hand_mask are empty where missing), `maps` (float32 [h, w, 1]), `keypoints` (a dict of the
     named sets, see Geometry.keypoints) and `time_ids` (float32 [6]). The generator is drawn from three times
-    whatever the options, so that switching one does not change the others' draws. Raises ValueError: options,
+    whatever the options, so that switching one does not change the others' draws. Raises: ValueError for options,
     or a sample that lacks a layer.
     """
 

@@ -28,7 +28,7 @@ def connect(
 
     Arguments that are None are read from SLURM, Open MPI, GKE or the TPU. `timeout` (seconds) is how long peers may
     take to come, to end, and to stay silent before they count as dead; then this process ends with exit code 1 (134
-    where jax's own watch finds a dead peer first), wherever it waits. Errors: ValueError where nothing says who the
+    where jax's own watch finds a dead peer first), wherever it waits. Raises: ValueError where nothing says who the
     peers are.
     """
     if timeout < 1:

@@ -92,7 +92,8 @@ def topology_devices(topology: str) -> list[Any]:
     """The devices of "v5p:4x4x4", "h100:8" and the like, which can be compiled for and nothing else.
 
     They join no backend: where none is chosen yet, JAX is told to take the CPU, so that no accelerator of this machine
-    is touched. Errors, one line each: libtpu or JAX's CUDA plugin is missing; a topology that does not exist.
+    is touched. Raises: ValueError, one line each: libtpu or JAX's CUDA plugin is missing; a topology that does not
+    exist.
     """
     if not getattr(jax.config, "jax_platforms", None):
         jax.config.update("jax_platforms", "cpu")

@@ -32,8 +32,9 @@ def dpmpp_2m(karras: bool | None = None, sde: bool | None = None) -> StepRule:
 
     First order: x' = (sigma' / sigma) x + a' (1 - e^-h) m_0 in variance-preserving a, sigma; the higher ones add
     divided differences of the m_k. `karras` and `sde` None follow `use_karras_sigmas` and `algorithm_type`;
-    `solver_type`, `lower_order_final`, `euler_at_final` and `final_sigmas_type` are followed too. Raises ValueError for
-    other algorithms, learned variance, a finite `lambda_min_clipped`, third order with noise, and epsilon at zero SNR.
+    `solver_type`, `lower_order_final`, `euler_at_final` and `final_sigmas_type` are followed too. Raises: ValueError
+    for other algorithms, learned variance, a finite `lambda_min_clipped`, third order with noise, and epsilon at zero
+    SNR.
     """
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:
@@ -68,7 +69,7 @@ def unipc(karras: bool | None = None) -> StepRule:
     """UniPC (arXiv 2302.04867), B(h) variant on x_0: a call first corrects the latents it was made on, then predicts.
 
     `karras` None follows `use_karras_sigmas`; `solver_order` 1 to 3 (2), `solver_type` bh1 or bh2 (bh2),
-    `lower_order_final`, `disable_corrector` and `final_sigmas_type` are followed. Raises ValueError for `predict_x0`
+    `lower_order_final`, `disable_corrector` and `final_sigmas_type` are followed. Raises: ValueError for `predict_x0`
     false, a `solver_p`, a last step to sigma = 0 in more than first order, and epsilon at zero SNR.
     """
 

@@ -35,7 +35,7 @@ _RULE_OF_CLASS: dict[str, Callable[[], StepRule]] = {
 def rule_named(name: str) -> StepRule:
     """The rule of that name in `RULES`; the same object for the same name, so it can be a static argument.
 
-    What the name leaves open (Karras levels, orders) is read from the schedule's config. Raises ValueError for an
+    What the name leaves open (Karras levels, orders) is read from the schedule's config. Raises: ValueError for an
     unknown name.
     """
     if name not in RULES:
@@ -46,7 +46,7 @@ def rule_named(name: str) -> StepRule:
 def rule_of(schedule: NoiseSchedule) -> StepRule:
     """The rule that the schedule's `_class_name` asks for; it follows the other options of the config.
 
-    Raises ValueError for a class without a rule.
+    Raises: ValueError for a class without a rule.
     """
     if schedule.class_name not in _RULE_OF_CLASS:
         raise ValueError(

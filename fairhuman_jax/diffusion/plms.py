@@ -36,7 +36,7 @@ def pndm() -> StepRule:
     x' = sqrt(a' / a) x + (sqrt(1 - a') - sqrt((1 - a) a' / a)) noise, t to t - T // steps. The table has steps + 1
     rows: the second timestep comes twice, because the second call repeats the first step with the average of both
     predictions. As in diffusers, a run that starts at row k > 0 repeats its first step too, at the expense of one
-    level. Predictions: epsilon or v. Raises ValueError for another type, a zero-SNR schedule, and a PNDM config
+    level. Predictions: epsilon or v. Raises: ValueError for another type, a zero-SNR schedule, and a PNDM config
     that asks for the Runge-Kutta start (`skip_prk_steps` false, the class's default).
     """
 

@@ -156,7 +156,7 @@ def start_row(steps: int, strength: float) -> int:
     """First row of an image-to-image run: the last int(steps * strength) steps are taken, as in diffusers.
 
     Host arithmetic; hand the result to a compiled function as an array, and another strength compiles nothing.
-    Raises ValueError for a strength outside (0, 1] or one that leaves no step.
+    Raises: ValueError for a strength outside (0, 1] or one that leaves no step.
     """
     taken = int(steps * strength)
     if not 0.0 < strength <= 1.0 or taken < 1:
@@ -209,7 +209,7 @@ def renoise_known(
 
     Arguments as `keep_known`; noise comes from `key` (one, or typed keys [B]), folded with the row, or from `noise`
     [rows, B, ...]. Nothing is blended after the last step. Source: HandRefiner, cldm/ddim_hacked.py.
-    Raises ValueError when neither or both of key and noise are given.
+    Raises: ValueError when neither or both of key and noise are given.
     """
     if (key is None) == (noise is None):
         raise ValueError("renoise_known: expected a key or noise, one of them")

@@ -90,7 +90,7 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Build from the content of a scheduler_config.json; absent keys take the defaults of its `_class_name`.
 
-        Raises ValueError naming the key for a scheduler class or an option that is not supported.
+        Raises: ValueError naming the key for a scheduler class or an option that is not supported.
         """
         config = dict(config)
         class_name = config.pop("_class_name", None)
@@ -180,7 +180,7 @@ def timesteps(schedule: NoiseSchedule, steps: int, *, intervals: bool = False) -
 
     With T training steps: linspace spreads [0, T - 1] evenly; leading takes i * (T // steps) + steps_offset; trailing
     takes T - 1, T - 1 - T / steps, ... With `intervals`, linspace and leading spread steps + 1 points and leave out
-    the last (DPM-Solver, UniPC). Raises ValueError when `steps` or the offset leaves [0, T - 1].
+    the last (DPM-Solver, UniPC). Raises: ValueError when `steps` or the offset leaves [0, T - 1].
     """
     total = schedule.num_train_timesteps
     points = steps + intervals
@@ -232,7 +232,7 @@ def sample_timesteps(key: Array, shape: tuple[int, ...], num: int, mode: str = "
     """Random training timesteps in 0 .. num - 1, int32 of `shape`.
 
     "uniform", or "cubic": floor((1 - u^3) num), which favours noisy steps, P(t >= num / 2) = 0.5^(1/3).
-    Raises ValueError for another mode.
+    Raises: ValueError for another mode.
     """
     if mode == "uniform":
         return jax.random.randint(key, shape, 0, num)

@@ -22,7 +22,7 @@ def sigma_table(schedule: NoiseSchedule) -> np.ndarray:
 def final_sigma(schedule: NoiseSchedule) -> float:
     """The level on which the last step ends, by `final_sigmas_type`: 0 ("zero") or that of timestep 0 ("sigma_min").
 
-    Raises ValueError for another type.
+    Raises: ValueError for another type.
     """
     kind = schedule.option("final_sigmas_type", "zero")
     if kind not in ("zero", "sigma_min"):

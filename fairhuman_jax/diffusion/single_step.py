@@ -36,7 +36,7 @@ def ddim_humansd() -> StepRule:
 
     The table is 1, 1 + T // steps, 1 + 2 (T // steps), ...; where T // steps is rounded down it is longer than steps,
     and all from entry steps - 1 on are left out. With 50 of 1000: 49 steps, from 961 to 1. `timestep_spacing` and
-    `steps_offset` are not followed. Raises ValueError for steps whose table reaches T (3, 9, 27, 36, 37 and some above
+    `steps_offset` are not followed. Raises: ValueError for steps whose table reaches T (3, 9, 27, 36, 37 and some above
     100, of 1000), which its sampler cannot index, and for 1, which takes no step.
     Source: HumanSD, scripts/pose2img.py and ldm/models/diffusion/ddim.py.
     """
@@ -61,7 +61,7 @@ def ddim_humansd() -> StepRule:
 def ddpm() -> StepRule:
     """Ancestral sampling from the posterior q(x' | x, x_0) (arXiv 2006.11239), variance beta (1 - a') / (1 - a).
 
-    On leading timesteps the same as `ddim(1.0)` with `set_alpha_to_one`. Raises ValueError for a `variance_type` other
+    On leading timesteps the same as `ddim(1.0)` with `set_alpha_to_one`. Raises: ValueError for a `variance_type` other
     than fixed_small.
     """
 
@@ -116,7 +116,7 @@ def euler(karras: bool | None = None) -> StepRule:
     """Euler's method on dx / d sigma = noise(x) in the variance-exploding form: x' = x + (sigma' - sigma) noise.
 
     `karras` None follows `use_karras_sigmas`; `final_sigmas_type` is followed. A zero-SNR schedule starts at
-    sigma = 4096. Raises ValueError for an `interpolation_type` other than linear or continuous timesteps.
+    sigma = 4096. Raises: ValueError for an `interpolation_type` other than linear or continuous timesteps.
     """
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:

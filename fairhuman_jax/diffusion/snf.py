@@ -26,7 +26,7 @@ def snf_saliency(resp: Array) -> Array:
     Sm: means over 4 x 4 pixels, from one before to two after, with zeros outside the picture counted; then bilinear
     from (h - 1, w - 1) back to (h, w) with half-pixel centres. It commutes with mirroring; a constant field loses a
     quarter at edges and 7/16 in corners. `resp` [B, h, w, C], any float dtype. Returns fp32 [B, h, w].
-    Raises ValueError for a side below 2.
+    Raises: ValueError for a side below 2.
     """
     return _smoothed(jnp.abs(resp.astype(jnp.float32)).mean(-1))
 
@@ -54,7 +54,7 @@ def snf_fuse(
     Omega_T) at tau = 1; None or 0 is the published hard mask, through which no gradient passes. It may be traced if it
     is above 0.
     Returns (E fp32 [B, h, w, C], M bool [B, h, w], fp32 where it blends, m_T, m_S fp32 [B, h, w]); M and m are
-    [B, h, w, C] with `per_channel`. Raises ValueError for predictions that differ in shape, a side below 2, or a
+    [B, h, w, C] with `per_channel`. Raises: ValueError for predictions that differ in shape, a side below 2, or a
     negative temperature.
     """
     shapes = [tuple(prediction.shape) for prediction in (e_t_uncond, e_t_cond, e_s_base, e_s_cond)]

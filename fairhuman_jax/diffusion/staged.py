@@ -144,7 +144,7 @@ def stage_steps(steps: int, alpha: float, beta: float) -> tuple[int, int]:
     """(start_merge_step, final_step) = (alpha steps, beta steps), to the nearest row.
 
     Host arithmetic; hand the results to a compiled function as arrays, and other fractions compile nothing. The
-    published (15, 30) of 50 are 0.3 and 0.6. Raises ValueError for a fraction outside [0, 1].
+    published (15, 30) of 50 are 0.3 and 0.6. Raises: ValueError for a fraction outside [0, 1].
     """
     for name, fraction in (("alpha", alpha), ("beta", beta)):
         if not 0.0 <= fraction <= 1.0:

@@ -19,7 +19,10 @@ class PlannedPicture:
 
 
 def read_plan(path: Path) -> list[PlannedPicture]:
-    """What `write_plan` wrote. Errors, naming the line: no such file; rows that are something else; two of one name."""
+    """What `write_plan` wrote.
+
+    Raises: FileNotFoundError, ValueError, naming the line: no such file; rows that are something else; two of one name.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; write it with: python -m fairhuman_jax.evaluate plan")
     planned = []

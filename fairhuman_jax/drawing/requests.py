@@ -205,10 +205,9 @@ def make_request(
 
     size: (height, width). image, conditions and pose: uint8 [H, W, 3], mask: uint8 [H, W, 1] in {0, 1}, of that size
     and the same for all prompts. strength in (0, 1]: share of the steps that an image goes through. pose_latent: sample
-    or mode. long_prompts: in chunks.
-    Errors: a picture of another size; a mask without an image; an inpainting denoiser without both; a HumanSD denoiser
-    without pose, or pose for another; a number of conditions that is not that of ControlNets and adapters; an unknown
-    scheduler.
+    or mode. long_prompts: in chunks. Raises: ValueError for a picture of another size; a mask without an image; an
+    inpainting denoiser without both; a HumanSD denoiser without pose, or pose for another; a number of conditions that
+    is not that of ControlNets and adapters; an unknown scheduler.
     """
     _check(system, size, image, mask, conditions, scales)
     _check_pose(system, size, pose, pose_latent)
@@ -316,6 +315,6 @@ def _check_pose(system: LatentDiffusion, size: tuple[int, int], pose: np.ndarray
 
 
 def check_pose_latent(name: str) -> None:
-    """Errors: a name that is not in `POSE_LATENTS`."""
+    """Raises: ValueError for a name that is not in `POSE_LATENTS`."""
     if name not in POSE_LATENTS:
         raise ValueError(f"pose_latent is {name!r}; known: {', '.join(POSE_LATENTS)}")

@@ -11,8 +11,8 @@ import numpy as np
 def in_batches(run: Callable[..., Any], rows: Iterable[tuple[np.ndarray, ...]], batch_size: int) -> np.ndarray:
     """What `run(*arrays)` gives for the stacked rows, `batch_size` at a time, as one array [N, ...].
 
-    The last batch is filled up with its last row, so that every call has the same shapes. Errors: no row at all, a
-    batch size below 1.
+    The last batch is filled up with its last row, so that every call has the same shapes. Raises: ValueError for no row
+    at all, a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}; needs 1 or more")

@@ -38,8 +38,8 @@ class CLIP:
 def load_clip(folder: str | Path) -> CLIP:
     """A whole CLIP out of a local folder of transformers' `CLIPModel`, such as openai/clip-vit-base-patch16, float32.
 
-    Errors, one line each: no such folder; a config that is not of a whole CLIP; tensors missing (a projection, say)
-    or of the wrong shape; no tokenizer, or one without a length limit.
+    Raises: ValueError, one line each: no such folder; a config that is not of a whole CLIP; tensors missing (a
+    projection, say) or of the wrong shape; no tokenizer, or one without a length limit.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -72,7 +72,7 @@ def clip_similarities(
     """100 max(0, cos(picture, caption)) of each pair, float32 [N]; pictures uint8 [H, W, 3] of any sizes.
 
     Captions are cut at the tokenizer's limit (77). Source: CLIPScore, Hessel et al. 2021, with 100 in place of 2.5.
-    Errors: unequal numbers; no pair at all; values that are not finite, which a broken model gives.
+    Raises: ValueError for unequal numbers; no pair at all; values that are not finite, which a broken model gives.
     """
 
     def cosines(params: dict[str, PyTree], pixels: jax.Array, ids: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, features: np.ndarray, name: str = "features") -> Gaussian:
-        """The Gaussian of features [N, D]. Errors: fewer than 2 rows; values that are not finite."""
+        """The Gaussian of features [N, D]. Raises: ValueError for fewer than 2 rows; values that are not finite."""
         checked = _checked(features, name)
         return cls(checked.mean(0), np.cov(checked, rowvar=False).reshape(checked.shape[1], -1))
 
@@ -29,7 +29,8 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), at least 0.
 
     The trace of the root is that of the roots of the eigenvalues of R^T S2 R with S1 = R R^T, a symmetric matrix, so
-    covariances of less than full rank need no jitter. Errors: another number of features. Source: Heusel et al. 2017.
+    covariances of less than full rank need no jitter. Raises: ValueError for another number of features. Source: Heusel
+    et al. 2017.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"FID: {len(first.mean)} features on one side, {len(second.mean)} on the other")
@@ -46,7 +47,7 @@ def fid(first: np.ndarray, second: np.ndarray) -> float:
     """Frechet distance of the Gaussians of two sets of features [N, D] and [M, D].
 
     With fewer rows than features it is biased upwards, the more the fewer there are: compare equal numbers only.
-    Errors: those of `Gaussian.of` and `frechet_distance`.
+    Raises: ValueError, as `Gaussian.of` and `frechet_distance`.
     """
     return frechet_distance(Gaussian.of(first, "the first features"), Gaussian.of(second, "the second features"))
 
@@ -59,7 +60,7 @@ def kid(
     Kernel (x.y / D + 1)^3; terms within a set leave out pairs of an element with itself, those between the sets take
     all pairs. Subsets are of `size` rows of each set, drawn without repetition; where that is all of both, one is
     taken. An unbiased estimate can be below 0. Published tables often print it times 10 or 1000.
-    Errors: those of `fid`; sizes that the sets do not have. Source: Binkowski et al. 2018, equation 4.
+    Raises: ValueError, as `fid`; sizes that the sets do not have. Source: Binkowski et al. 2018, equation 4.
     """
     x, y = _checked(first, "the first features"), _checked(second, "the second features")
     if x.shape[1] != y.shape[1]:

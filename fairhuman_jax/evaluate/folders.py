@@ -21,7 +21,7 @@ LISTED = 3  # names an error spells out
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """The picture files of a folder, by name. Errors: no such folder, none in it."""
+    """The picture files of a folder, by name. Raises: FileNotFoundError, ValueError for no such folder, none in it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of pictures")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
@@ -31,7 +31,10 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 def read_pictures(paths: Sequence[Path]) -> Iterator[np.ndarray]:
-    """Each picture as uint8 [H, W, 3], one at a time. Errors: those of `data.folder.read_image`, naming the file."""
+    """Each picture as uint8 [H, W, 3], one at a time.
+
+    Raises: ValueError, as `data.folder.read_image`, naming the file.
+    """
     return (read_image(path) for path in paths)
 
 
@@ -40,7 +43,8 @@ def captions_for(paths: Sequence[Path], file: Path) -> list[str]:
     picture names to captions, of a .jsonl file the `text_english` beside each `image` (FairHuman's metadata), or its
     `prompt` without the markers of subjects (evaluation.subject_plan).
 
-    Errors: no such file; another format; as many lines as there are pictures wanted; pictures without a caption.
+    Raises: FileNotFoundError, ValueError for no such file; another format; as many lines as there are pictures wanted;
+    pictures without a caption.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; expected captions in .txt, .json or .jsonl")
@@ -91,7 +95,7 @@ def read_people(path: Path) -> People:
     """Key points of many pictures: a folder of `annotate.readers.read_poses` files (.npz, else .json), one a picture
     and of its name, or one COCO file of annotations or results.
 
-    Errors: nothing there; those of `read_poses`; rows that are not COCO's.
+    Raises: FileNotFoundError, ValueError for nothing there; those of `read_poses`; rows that are not COCO's.
     """
     if path.is_file():
         return _coco_people(path)
@@ -144,7 +148,8 @@ def _coco_pose(row: dict[str, Any]) -> Pose:
 def paired_people(found: Path, truth: Path) -> tuple[list[tuple[Pose, ...]], list[tuple[Pose, ...]]]:
     """The people found and the true ones, picture by picture, by `read_people`.
 
-    Errors: pictures on one side alone, unless COCO results leave out where nobody was found; pictures of another size.
+    Raises: ValueError, FileNotFoundError for pictures on one side alone, unless COCO results leave out where nobody was
+    found; pictures of another size.
     """
     seen, true = read_people(found), read_people(truth)
     absent, extra = (sorted(a.poses.keys() - b.poses.keys()) for a, b in ((true, seen), (seen, true)))

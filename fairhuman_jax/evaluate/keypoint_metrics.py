@@ -50,7 +50,8 @@ People = Sequence[Pose]
 def oks(truth: np.ndarray, found: np.ndarray, area: float) -> float:
     """Object key point similarity in 0..1 of two people [17, 3]; area: of the true one, in pixels.
 
-    Mean over the visible joints of exp(-d^2 / (2 area (2 sigma)^2)). Errors: no visible joint, or no area.
+    Mean over the visible joints of exp(-d^2 / (2 area (2 sigma)^2)). Raises: ValueError for no visible joint, or no
+    area.
     """
     visible = truth[:, 2] > 0
     if not visible.any() or area <= 0:
@@ -124,7 +125,7 @@ def keypoint_scores(
     most 20 people a picture, those found taken by score; medium: 32^2 to 96^2 pixels of area, large: above.
     True people whose visible joints span no area cannot be compared and are left out.
     compat "reference": means over batches of 10 pictures, and the areas of `visible_area` under it.
-    Errors: sets of different sizes; numbers that are not finite; pycocotools is not installed.
+    Raises: ValueError for sets of different sizes; numbers that are not finite; pycocotools is not installed.
     """
     _check(found, truth)
     if not compat:
@@ -213,7 +214,7 @@ def people_count_error(found: Sequence[People], truth: Sequence[People], compat:
 
 def pose_scores(found: Sequence[People], truth: Sequence[People], compat: Compat = None) -> dict[str, dict[str, float]]:
     """All of this module for one set: {"oks": ..., "cap": ..., "cap_reference": ...} by `keypoint_scores`, and
-    {"people": {"true", "found", "count_error"}}. Errors: those of `keypoint_scores`."""
+    {"people": {"true", "found", "count_error"}}. Raises: ValueError, as `keypoint_scores`."""
     similarities: dict[str, Similarity | None] = {"oks": None, "cap": cap, "cap_reference": cap_reference}
     scores = {name: keypoint_scores(found, truth, measure, compat) for name, measure in similarities.items()}
     people = {name: float(sum(map(len, side))) for name, side in (("true", truth), ("found", found))}

@@ -26,7 +26,10 @@ NOUNS = {f"{number:06d}": noun for noun, group in (("man", MEN), ("woman", WOMEN
 
 
 def find_subjects(folder: Path) -> dict[str, Path]:
-    """People by name: the first picture of each folder in `folder`. Errors: no such folder; none with a picture."""
+    """People by name: the first picture of each folder in `folder`.
+
+    Raises: FileNotFoundError, ValueError for no such folder; none with a picture.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of people, a folder of pictures for each")
     found = {path.name: list_pictures(path)[0] for path in sorted(folder.iterdir()) if path.is_dir()}
@@ -47,7 +50,8 @@ def plan_pictures(
 
     Prompts have a marker for each of them; "{noun}", where it stands, becomes the person's noun, in the same order
     ("person" where `nouns` has none). Instance i has seed + i, whatever the people and the prompt; names are
-    subject_GGGG_prompt_PPPP_instance_IIII.png. Errors: fewer subjects than people; another number of markers.
+    subject_GGGG_prompt_PPPP_instance_IIII.png. Raises: ValueError for fewer subjects than people; another number of
+    markers.
     """
     if not 1 <= people <= len(subjects):
         raise ValueError(f"groups of {people} of {len(subjects)} people; needs at least one group")

@@ -23,7 +23,7 @@ def draw_poses(
 
     humansd: HumanSD's 16 limbs of 10 pixels; openpose: 18 points and 17 limbs, for ControlNet and T2I-Adapter. Widths
     are those at a short side of 512 and grow with it; compat "reference": the same at any size, as published. Later
-    people lie over earlier ones. Raises ValueError on another style.
+    people lie over earlier ones. Raises: ValueError on another style.
     """
     people = [pose.keypoints for pose in poses]
     scale = 1.0 if compat == "reference" else min(canvas) / HUMANSD17.side

@@ -34,7 +34,7 @@ class Pose:
 
 def make_pose(keypoints: np.ndarray, score: float | None = None, area: float | None = None) -> Pose:
     """A pose of points [17, 3]; score: by default their mean confidence; area: by default that of the box of the
-    points whose confidence is above 0. Raises ValueError on another shape and on numbers that are not finite."""
+    points whose confidence is above 0. Raises: ValueError on another shape and on numbers that are not finite."""
     if np.iscomplexobj(keypoints):
         raise ValueError("key points are complex numbers; expected x, y and confidence")
     with np.errstate(over="ignore"):  # what is too large becomes infinite and is refused below
@@ -68,7 +68,7 @@ def rescale(poses: Iterable[Pose], from_size: Size, to_size: Size, keep_aspect: 
     """Poses of a picture of `from_size` (height, width) on one of `to_size`: x' = x W' / W, y' = y H' / H.
 
     keep_aspect: both by the smaller of the two factors, and in the middle, so that nobody is stretched.
-    Raises ValueError if a size is not positive.
+    Raises: ValueError if a size is not positive.
     """
     if min(*from_size, *to_size) <= 0:
         raise ValueError(f"poses cannot go from {_text(from_size)} to {_text(to_size)} (height x width): not positive")
@@ -95,7 +95,7 @@ def place_poses(
 
     size: of the picture that the points were found in; they are rescaled to the canvas with its proportions kept.
     None: the points are pixels of the canvas already. compat "reference": never rescaled, never refused, as published.
-    Nobody at all is allowed. Raises ValueError if nobody passes the threshold, or everybody lies outside the canvas.
+    Nobody at all is allowed. Raises: ValueError if nobody passes the threshold, or everybody lies outside the canvas.
     """
     kept = [pose for pose in poses if pose.score > threshold]
     if compat == "reference":
@@ -132,7 +132,7 @@ def resized_size(size: Size, short_side: int = 512, multiple: int = 64) -> Size:
     """Size (height, width) with the short side brought to `short_side`, both rounded to multiples of `multiple`.
 
     round(side short_side / (min(size) multiple)) multiple, halves to even. Source: ControlNet's resize_image, used by
-    HumanSD: 1737 x 4000 -> 512 x 1152. Raises ValueError on an empty picture.
+    HumanSD: 1737 x 4000 -> 512 x 1152. Raises: ValueError on an empty picture.
     """
     if min(size) < 1:
         raise ValueError(f"a picture of {_text(size)} (height x width) has no pixels")

@@ -53,7 +53,7 @@ def read_poses(path: str | os.PathLike[str], size: Size | None = None, image_id:
     .npz: HumanSD's (`arr_0`, dicts of keypoints [17, 3], score, area; read without running its pickle) or as
     `write_poses` writes it. .json: COCO annotations or results, OpenPose with 18 or 25 points, MediaPipe with 33.
     size: (height, width) of the picture, which coordinates in shares of it need if the file does not say it.
-    image_id: which picture of a COCO file of several. Raises FileNotFoundError, ValueError with one line.
+    image_id: which picture of a COCO file of several. Raises: FileNotFoundError, ValueError with one line.
     Source of the npz layout: HumanSD, scripts/pose2img.py.
     """
     path = Path(path)

@@ -16,7 +16,7 @@ def contrastive_loss(first: Array, second: Array, valid: Array, temperature: flo
     s_ij = cos(first_i, second_j) / temperature; l = -(log softmax_j(s)_ii + log softmax_i(s)_ii) / 2, averaged over
     the pairs that are `valid`, among which alone partners are looked for; 0 without any.
 
-    Args: `first`, `second` [N, D], any float dtype; `valid` bool [N]. Raises ValueError when shapes do not fit.
+    Args: `first`, `second` [N, D], any float dtype; `valid` bool [N]. Raises: ValueError when shapes do not fit.
     Source: van den Oord et al. 2018 (InfoNCE); Radford et al. 2021 (CLIP), figure 3.
     """
     if first.ndim != 2 or first.shape != second.shape or valid.shape != first.shape[:1]:

@@ -12,7 +12,7 @@ def denoising_loss(prediction: Array, target: Array, weight: Array | None = None
     """Mean squared error of each example, w_b mean((prediction_b - target_b)^2).
 
     `prediction`, `target` [B, ...] of one shape, any float dtype; `weight` [B]. Returns fp32 [B].
-    Raises ValueError when the shapes differ.
+    Raises: ValueError when the shapes differ.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"denoising_loss: prediction {prediction.shape} and target {target.shape} differ in shape")
@@ -25,7 +25,7 @@ def min_snr_weight(snr: Array, gamma: float | Array = 5.0, prediction_type: str 
     """Min-SNR-gamma weight: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v_prediction, / 1 for sample.
 
     `snr` of any shape, >= 0; returns fp32 of that shape; 1 for epsilon at SNR = 0.
-    Raises ValueError for another prediction type. Source: arXiv 2303.09556.
+    Raises: ValueError for another prediction type. Source: arXiv 2303.09556.
     """
     snr = jnp.asarray(snr, jnp.float32)
     if prediction_type == "epsilon":

@@ -76,7 +76,7 @@ class Combiner:
         `active` bool [K], the tasks that take part (nonzero gradient; without a Gram matrix nonzero loss); `finite`
         bool; `residual`, the relative error of the rule's own equation; with a Gram matrix also `gram` and `cosines`.
         Where the Gram matrix, or a loss that the rule reads, is not finite, the coefficients are 0, `finite` is False
-        and the state is the old one. Raises ValueError when something that the rule needs is None.
+        and the state is the old one. Raises: ValueError when something that the rule needs is None.
         """
         view, finite = self._view(gram, losses, key)
         weights, new_state, residual = self.rule.solve(view, state)
@@ -201,7 +201,7 @@ def make_combiner(
     for the others. The last two need the Gram matrix, whatever the method, and do not go with graddrop.
     `options` of single: task=0; uncertainty: learning_rate=1e-3; dwa: window=25, temperature=2; famo:
     learning_rate=0.025, weight_decay=1e-5, min_losses=None; mgda: normalization="none"; cagrad: c=0.4.
-    Raises ValueError for an unknown name, option or value.
+    Raises: ValueError for an unknown name, option or value.
     Source: FairHuman, weighting_strategy/weight_methods.py, and the paper of each method.
     """
     if method not in _RULES:

@@ -17,8 +17,8 @@ ACTIVE_THRESHOLD = 2.0**-46
 def gram_matrix(task_grads: PyTree, scale: float | Array = 1.0) -> Array:
     """Gram matrix of task gradients, G_ij = scale^2 <g_i, g_j>, summed leaf by leaf in fp32.
 
-    Every leaf of `task_grads` is [K, ...]; `scale` multiplies the gradients first, so that the squares of tiny or
-    huge ones stay in range (see `gradient_scale`). Returns fp32 [K, K]. Raises ValueError when the leading axes differ.
+    Every leaf of `task_grads` is [K, ...]; `scale` multiplies the gradients first, so that the squares of tiny or huge
+    ones stay in range (see `gradient_scale`). Returns fp32 [K, K]. Raises: ValueError when the leading axes differ.
     """
     count = task_count(task_grads)
 
@@ -44,7 +44,7 @@ def gradient_scale(task_grads: PyTree) -> Array:
 
 
 def task_count(task_grads: PyTree) -> int:
-    """K, the leading axis shared by every leaf. Raises ValueError when leaves disagree or there are none."""
+    """K, the leading axis shared by every leaf. Raises: ValueError when leaves disagree or there are none."""
     leaves = jax.tree.leaves(task_grads)
     counts: set[Any] = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(counts) != 1 or None in counts:
@@ -97,7 +97,7 @@ def as_float(array: Array) -> Array:
 
 
 def read_priority(priority: Any, count: int, dtype: Any) -> Array:
-    """`priority` as [K], ones for None. Raises ValueError when it has not one entry a task."""
+    """`priority` as [K], ones for None. Raises: ValueError when it has not one entry a task."""
     if priority is None:
         return jnp.ones(count, dtype)
     priority = jnp.asarray(priority, dtype)

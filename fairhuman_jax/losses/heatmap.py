@@ -39,7 +39,7 @@ def heatmap_weight(
     `vae_encode_moments`: pictures -> mean, log-variance [B, h, w, c], both on unscaled latents; `pose_heatmap_fn`:
     pictures in [0, 1] -> heat maps [B, h', w', J] of any size; `key`: one, or typed keys [B], of the posterior sample,
     None where `sample_posterior` is false and the mean is taken.
-    Returns fp32 [B, h, w, c] without gradient. Raises ValueError for a posterior sample without a key.
+    Returns fp32 [B, h, w, c] without gradient. Raises: ValueError for a posterior sample without a key.
     """
     picture, heat = _seen(eps_hat, eps, vae_decode, pose_heatmap_fn, latent_scale)
     missing = resize_bicubic(missing_joints(heat, heat_threshold), picture.shape[1:3])
@@ -74,7 +74,7 @@ def humansd_loss(
     """Mean of (eps_hat - eps)^2 (1 + weight W), with that of each sample and the plain mean of (eps_hat - eps)^2.
 
     `eps_hat`, `eps` [B, h, w, c]; `W` broadcastable to them, `heatmap_weight` or `heatmap_mask`; no gradient flows
-    through it. Returns fp32 scalars and [B]: (loss, per_sample, mse_plain). Raises ValueError when shapes differ.
+    through it. Returns fp32 scalars and [B]: (loss, per_sample, mse_plain). Raises: ValueError when shapes differ.
     """
     if eps_hat.shape != eps.shape:
         raise ValueError(f"humansd_loss: eps_hat {eps_hat.shape} and eps {eps.shape} differ in shape")

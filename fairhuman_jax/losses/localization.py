@@ -28,7 +28,7 @@ def localization_loss(columns: Sequence[Array], segmaps: Array, valid: Array, no
 
     Args: `columns`, for each layer probabilities [B, heads, h, w, N] (`models.watched_columns`), sizes may differ;
     `segmaps` [B, N, H, W] in {0, 1}; `valid` [B, N], false on padding. `normalize` divides each A by (its maximum + e)
-    first. Returns an fp32 scalar. Raises ValueError without columns, or when shapes do not fit.
+    first. Returns an fp32 scalar. Raises: ValueError without columns, or when shapes do not fit.
     """
     if not columns:
         raise ValueError("localization_loss: no columns; expected one array [B, heads, h, w, N] a layer")
@@ -72,7 +72,7 @@ def object_masked_loss(
 
     Args: `prediction`, `target` [B, h, w, c], any float dtype; `mask` [B, h, w, 1] (`object_mask`); `masked` bool [B],
     one coin a sample (the published trainer throws one a batch). Returns fp32 [B].
-    Raises ValueError when shapes do not fit, or for another `compat`.
+    Raises: ValueError when shapes do not fit, or for another `compat`.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"object_masked_loss: prediction {prediction.shape} and target {target.shape} differ in shape")

@@ -33,7 +33,7 @@ def region_losses(
     three losses (min-SNR, 1/alphas_cumprod); `local_scale` multiplies face and hand - under the MPD rule a factor above
     1 lowers their share (by c^(-1/3) for orthogonal tasks), under a plain sum it raises it.
     `compat="reference"`: the published LoRA trainer, local_scale 25 and `weight` on the global loss only.
-    Returns {"global", "face", "hand"}, fp32 scalars. Raises ValueError when shapes do not fit.
+    Returns {"global", "face", "hand"}, fp32 scalars. Raises: ValueError when shapes do not fit.
     Source: FairHuman (arXiv 2507.02714).
     """
     if prediction.shape != target.shape:
@@ -72,7 +72,7 @@ def latent_mask(mask: Array, factor: int, method: str = "stride", threshold: flo
 
     Args: `mask` [H, W], [H, W, 1] or [B, H, W, 1]; bool, {0, 1} of any dtype, or 0..255. Each mask that holds a value
     above 1 is read as 0..255.
-    Returns fp32 in {0, 1}, H and W divided by `factor`. Raises ValueError when they are not multiples of it.
+    Returns fp32 in {0, 1}, H and W divided by `factor`. Raises: ValueError when they are not multiples of it.
     """
     mask = jnp.asarray(mask).astype(jnp.float32)
     rows, columns = (0, 1) if mask.ndim == 2 else (mask.ndim - 3, mask.ndim - 2)

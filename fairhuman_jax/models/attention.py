@@ -34,7 +34,7 @@ def attention(
     for odd ones, which jax 0.10 refuses to pull back (77 tokens of text). `splash` is the fused TPU kernel, used for
     self-attention of at least 1024 tokens and no mask, `xla` for all else; off a TPU it is interpreted, slowly. `auto`
     takes, when the call is traced, what suits the platform (`target`) and the shapes.
-    Errors: an unknown implementation is refused by name.
+    Raises: ValueError for an unknown implementation is refused by name.
     """
     if implementation == "auto":
         implementation = fitting(query, key, causal, *target(), unsplit())

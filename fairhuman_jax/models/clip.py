@@ -184,7 +184,7 @@ class CLIPText(nn.Module):
     `penultimate` is the state before the last layer, not normalised (what SDXL conditions on). `pooled` is
     the normalised state at the first end token, through `text_projection` when the config's architecture has
     one (P = its width, else D). A config with `eos_token_id` 2 pools at the largest id.
-    Errors: more tokens than positions. Source: Radford et al. 2021 (CLIP), section 2.4.
+    Raises: ValueError for more tokens than positions. Source: Radford et al. 2021 (CLIP), section 2.4.
     """
 
     config: Mapping[str, Any]

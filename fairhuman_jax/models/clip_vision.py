@@ -94,7 +94,7 @@ class CLIPVision(nn.Module):
     standard deviation. `last_hidden_state` and `penultimate` (the state before the last layer) are not normalised,
     `pooled` is the class token after the last norm. Where the config's architecture has a projection, `image_embeds`
     [B, P] is `pooled` through it, not of unit length.
-    Errors: pixels of another size. Source: Radford et al. 2021 (CLIP), section 2.4.
+    Raises: ValueError for pixels of another size. Source: Radford et al. 2021 (CLIP), section 2.4.
     """
 
     config: Mapping[str, Any]
@@ -158,7 +158,7 @@ def subject_pixels(images: jax.Array, side: int) -> jax.Array:
 
     Brought to `side` by side pixels by a bilinear filter, antialiased where it shrinks, whatever their shape; then
     less CLIP's mean, over its deviation. FastComposer's embedding of a subject is the network's `image_embeds` of it,
-    not of unit length. Errors: another number of axes or channels.
+    not of unit length. Raises: ValueError for another number of axes or channels.
     Source: fastcomposer/model.py.
     """
     if images.ndim != 5 or images.shape[-1] != 3:

@@ -104,7 +104,8 @@ class ConditionalEncoder(nn.Module):
     def from_config(cls, config: dict[str, Any], **runtime: Any) -> Self:
         """The network a diffusers `config.json` describes; `runtime` sets dtype, scan, remat and attention.
 
-        Errors: a config key that would change the network in an unsupported way is refused by name and value.
+        Raises: ValueError for a config key that would change the network in an unsupported way is refused by name and
+        value.
         """
         name = cls.CLASS_NAME
         if config.get("_class_name", name) != name:
@@ -240,7 +241,7 @@ class ConditionalEncoder(nn.Module):
     def time_ids(self, pooled_width: int) -> int:
         """Number of time ids beside a pooled text embedding of this width: 6 in the SDXL base, 5 in the refiner.
 
-        Errors: no such embedding in this network; a width that leaves no whole number.
+        Raises: ValueError for no such embedding in this network; a width that leaves no whole number.
         """
         if self.addition_embed_type is None:
             raise ValueError(f"{self.CLASS_NAME}: takes no time_ids, since addition_embed_type is null")

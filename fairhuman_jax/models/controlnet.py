@@ -77,7 +77,7 @@ class ControlNet(ConditionalEncoder):
         [B, f H, f W, conditioning_channels] in [0, 1] (f = `condition_factor`, 8 in published networks), `added_cond`
         as for the UNet. `scale` multiplies all residuals: a number or [B], and may be traced. With
         `global_pool_conditions` every residual is its mean over the pixels, [B, 1, 1, C].
-        Errors: text or `added_cond` that do not fit; a condition of another size.
+        Raises: ValueError for text or `added_cond` that do not fit; a condition of another size.
         """
         self.check_text(text)
         factor, (height, width) = self.condition_factor, latents.shape[1:3]
@@ -134,7 +134,7 @@ def controlnet_from_unet(
     Encoder and time embeddings are the UNet's arrays (not copies); the condition embedding is drawn from `key`, but
     its last convolution is zero, and so are the output convolutions. `fields` sets config keys that a UNet does not
     have, such as `conditioning_channels`.
-    Errors: parameters that are not those of `unet`.
+    Raises: ValueError for parameters that are not those of `unet`.
     """
     shared = {name: getattr(unet, name) for name in (*ConditionalEncoder.config_fields(), *RUNTIME_FIELDS)}
     module = ControlNet(**shared, **fields)

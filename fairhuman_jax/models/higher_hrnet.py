@@ -284,7 +284,7 @@ class HigherHRNet(nn.Module):
 
         Channels of y0: J heat maps, then J tags. use_running_average: batch norms by `batch_stats` (evaluation);
         False takes the batch's own moments, for which `params` are enough and which a mutable `batch_stats` receives.
-        Errors: sides that are no multiple of `multiple()`; another number of channels.
+        Raises: ValueError for sides that are no multiple of `multiple()`; another number of channels.
         """
         height, width, channels = images.shape[1:]
         if channels != 3 or height % self.multiple() or width % self.multiple():

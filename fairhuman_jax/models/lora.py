@@ -25,7 +25,7 @@ def init_lora(key: jax.Array, params: PyTree, rank: int, targets: Sequence[str] 
 
     Linear layers and convolutions alike. Leaves, float32: `down` ~ N(0, 1 / r^2) and `up` = 0, so the adapted
     network equals the plain one at first. `params` may hold arrays or their shapes.
-    Errors: rank below 1; a target that names no layer with a kernel.
+    Raises: ValueError for rank below 1; a target that names no layer with a kernel.
     """
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {rank}")
@@ -53,7 +53,7 @@ def concatenate_lora(loras: Sequence[PyTree]) -> PyTree:
     """The sum of several updates as one, of their summed rank: `down` side by side, `up` one above the other.
 
     Trees may adapt different layers. Host arrays stay on the host.
-    Errors: none given; factors that do not fit one another.
+    Raises: ValueError for none given; factors that do not fit one another.
     """
     if not loras:
         raise ValueError("concatenate_lora: no LoRA was given")
@@ -73,7 +73,7 @@ def merge_lora(params: PyTree, lora: PyTree) -> PyTree:
     """`params` with `kernel + down @ up` in place of every adapted kernel, summed in float32, in the kernel's dtype.
 
     The network then computes without a `lora` collection what it computed with it.
-    Errors: an adapted layer that `params` does not have, or of another shape.
+    Raises: ValueError for an adapted layer that `params` does not have, or of another shape.
     """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     factors: dict[tuple[str, ...], Any] = flatten_dict(lora)

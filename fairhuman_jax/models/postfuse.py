@@ -69,7 +69,7 @@ class Postfuse(nn.Module):
 
         Shapes: text [B, L, width], subjects [B, N, width], positions int [B, N] in 0 .. L - 1, valid bool [B, N].
         Slots that are not valid change nothing, whatever their position. No two valid ones share a position.
-        Errors: shapes that do not fit.
+        Raises: ValueError for shapes that do not fit.
         """
         batch, slots = positions.shape
         expected = {"text": (batch, text.shape[1], self.width), "subjects": (batch, slots, self.width)}

@@ -129,7 +129,7 @@ class T2IAdapter(nn.Module):
     def stages(self) -> tuple[Stage, ...]:
         """One stage a feature. The full adapter halves before each but the first, the XL one before the third only.
 
-        Errors: an unknown adapter type; channels that an XL adapter cannot have.
+        Raises: ValueError for an unknown adapter type; channels that an XL adapter cannot have.
         """
         widths = self.channels
         if self.adapter_type == FULL:
@@ -154,7 +154,7 @@ class T2IAdapter(nn.Module):
 
         f = downscale_factor. For SD 1.x they halve in turn; for SDXL the second keeps the size of the first and the
         fourth that of the third, as its UNet's down blocks do. In the compute dtype.
-        Errors: another number of channels; H or W that f does not divide.
+        Raises: ValueError for another number of channels; H or W that f does not divide.
         """
         factor = self.downscale_factor
         batch, height, width, channels = condition.shape

@@ -91,7 +91,7 @@ class UNet2DCondition(ConditionalEncoder):
 
         Of n blocks the first one taken is number (n - count) // 2: from Stable Diffusion 1's seven, down_blocks.0, .1,
         .2, mid_block, up_blocks.1, .2, .3, five are down_blocks.1 to up_blocks.2, with 11 cross-attentions.
-        Errors: a count below 1 or above n.
+        Raises: ValueError for a count below 1 or above n.
         """
         specs: dict[str, BlockSpec | None] = {f"down_blocks.{i}": spec for i, spec in enumerate(self.down_specs())}
         specs |= {"mid_block": self.mid_spec()} | {f"up_blocks.{i}": spec for i, spec in enumerate(self.up_specs())}

@@ -19,7 +19,7 @@ def tiled_decode(decode: Decode, latents: jax.Array, tile: int = 64, overlap: fl
     sample_size / downscale of the autoencoder's config for `tile`). Tiles of one shape are decoded by one loop, and
     `decode` is compiled once a shape: once for a full tile, and for borders at most eight times more.
     Images are smooth but not equal to those of a whole decode, since group norms and attention see one tile each.
-    Errors: a tile or overlap that leaves no step.
+    Raises: ValueError for a tile or overlap that leaves no step.
     """
     step = int(tile * (1 - overlap))
     if not 0 < step <= tile:

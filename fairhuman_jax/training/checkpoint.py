@@ -31,7 +31,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def newest(self) -> int:
-        """The step to resume from. Errors: there is none."""
+        """The step to resume from. Raises: FileNotFoundError for there is none."""
         step = self.latest_step
         if step is None:
             raise FileNotFoundError(f"no checkpoint to resume from in {self.folder}; start without --resume")
@@ -40,8 +40,8 @@ class Checkpointer:
     def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
         """Begins a save; the arrays are copied before this returns, the files are written in the background.
 
-        A step that is saved already, or being saved, is left alone. Errors: OSError where this save cannot begin or the
-        one before it could not be finished.
+        A step that is saved already, or being saved, is left alone. Raises: OSError: OSError where this save cannot
+        begin or the one before it could not be finished.
         """
         if step == self._begun:
             return
@@ -57,7 +57,7 @@ class Checkpointer:
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest checkpoint as (state, data position), placed like `state`, which gives the structure.
 
-        Errors: no checkpoint, or one of another model or optimiser.
+        Raises: FileNotFoundError, ValueError for no checkpoint, or one of another model or optimiser.
         """
         step = self.newest()
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(state))
@@ -75,7 +75,7 @@ class Checkpointer:
         return TrainState(**(stored | {"key": key})), restored["data"]
 
     def wait(self) -> None:
-        """Returns once the save in flight is complete. Errors: OSError where it could not be finished."""
+        """Returns once the save in flight is complete. Raises: OSError: OSError where it could not be finished."""
         with self._reported():
             self._manager.wait_until_finished()
 

@@ -69,9 +69,9 @@ def compile_only(config: RunConfig, topology: str, *, encoded: bool = False) -> 
     """What the train step of `config` needs on each chip of "v5p:4x4x4", "h100:8" or the like, as a table.
 
     The batch is the global `train.batch_size`, of pictures and captions or encoded as the run would have them;
-    `encoded` has latents and text embeddings in any case, so that the step holds the denoiser alone.
-    Errors, one line each: no compiler for it; a topology that does not exist; a batch that does not divide over it; a
-    model whose shapes are not known.
+    `encoded` has latents and text embeddings in any case, so that the step holds the denoiser alone. Raises:
+    ValueError, one line each: no compiler for it; a topology that does not exist; a batch that does not divide over it;
+    a model whose shapes are not known.
     """
     return describe_report(compile_step(config, topology, encoded=encoded))
 

@@ -63,7 +63,7 @@ def open_source(config: DataConfig) -> Source:
     """The people world or what `config.folder` is: a mapping file, or a folder with metadata.jsonl, a list of ids, a
     TFDS version or shards of latents.
 
-    Raises FileNotFoundError, ValueError: no such folder, or none of the four in it; settings that the data cannot
+    Raises: FileNotFoundError, ValueError for no such folder, or none of the four in it; settings that the data cannot
     follow; what the readers raise.
     """
     _check(config)

@@ -35,8 +35,8 @@ def encode_folder(
     """Write what `data` describes into a folder of shards (data.shards), centre-cropped and not mirrored.
 
     Samples whose key (files, captions, geometry, encoders) has a record there are not encoded again. `text`: with the
-    embeddings of all captions; without, captions stay text, as a trained text encoder needs it. Errors: what the source
-    and ShardWriter raise; ValueError: latents already, or a system without frozen encoders.
+    embeddings of all captions; without, captions stay text, as a trained text encoder needs it. Raises: ValueError:
+    what the source and ShardWriter raise; ValueError: latents already, or a system without frozen encoders.
     """
     if "image" not in system.encodes:
         raise ValueError(f"{type(system).__name__} has no frozen autoencoder to encode with")

@@ -41,8 +41,8 @@ def encode_samples(
 
     A record holds what `transforms[groups[index]]` gives, with `latent_mean` and `latent_logvar` (float16 [h, w, c]) in
     place of the image, and `captions`; with `text` also text_hidden (float16 [captions, L, D]) and text_pooled (float16
-    [captions, P]). `skip` leaves out samples that cannot be read, which otherwise raise BadSample. Raises ValueError: a
-    value that float16 cannot hold.
+    [captions, P]). `skip` leaves out samples that cannot be read, which otherwise raise BadSample. Raises: ValueError:
+    a value that float16 cannot hold.
     """
     encode = jax.jit(system.encode_image)
     texts = TextEncoding(system, params) if text else None

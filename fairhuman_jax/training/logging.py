@@ -75,7 +75,7 @@ class RunLogger:
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record one step's numbers, adding `images_per_second`. Raises TypeError on anything else."""
+        """Record one step's numbers, adding `images_per_second`. Raises: TypeError on anything else."""
         if self._file is None:
             return
         values = {name: _number(name, value) for name, value in metrics.items()}
@@ -161,7 +161,7 @@ class RunLogger:
 
 
 def wandb_package() -> Any:
-    """The package `wandb`. Errors: it is not installed."""
+    """The package `wandb`. Raises: ValueError for it is not installed."""
     try:
         return importlib.import_module("wandb")
     except ImportError as error:

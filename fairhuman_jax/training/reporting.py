@@ -81,7 +81,7 @@ class SkippedWatch:
         self._since = step
 
     def note(self, done: int, skipped: int) -> None:
-        """`skipped` of the first `done` steps were skipped. Raises ValueError once the limit is reached."""
+        """`skipped` of the first `done` steps were skipped. Raises: ValueError once the limit is reached."""
         if skipped - self._skipped < done - self._step:
             self._since = done
         self._step, self._skipped = done, skipped

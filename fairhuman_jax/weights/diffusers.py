@@ -53,7 +53,7 @@ def save_model(module: nn.Module, params: PyTree, folder: str | Path, dtype: jnp
     """Write a folder that diffusers or transformers loads: safetensors, then `config.json`.
 
     dtype None keeps each parameter's own. Files are replaced as a whole; a failed write leaves the old ones.
-    Errors: parameters that are not those of `module`; values that do not fit into `dtype`.
+    Raises: ValueError for parameters that are not those of `module`; values that do not fit into `dtype`.
     """
     folder = Path(folder)
     expected: dict[tuple[str, ...], Any] = flatten_dict(expected_params(module))
@@ -100,7 +100,7 @@ def _shapes_from_json(content: bytes) -> PyTree:
 
 
 def class_name(config: dict[str, Any], folder: Path) -> str:
-    """The class a config is for. Errors: one that is not in `NETWORKS`."""
+    """The class a config is for. Raises: ValueError for one that is not in `NETWORKS`."""
     name = config.get("_class_name") or (config.get("architectures") or [None])[0]
     if name not in NETWORKS:
         raise ValueError(f"{folder}/config.json is for {name}; known networks: {', '.join(sorted(NETWORKS))}")
@@ -117,11 +117,11 @@ def params_from(
 ) -> PyTree:
     """Parameters of `module` out of tensors in the names of diffusers or transformers, placed leaf by leaf.
 
-    dtype: of all parameters; None keeps what is stored (float64 becomes float32). host: numpy arrays. sharding: one
-    for all leaves, or a function (path, shape) -> Sharding; each device is given its own part and no more. Beside
-    what the result holds, memory needs the size of one leaf at most (on a CPU device nothing). Values are not
-    looked at: what is NaN or infinite in the file stays so, and what does not fit into `dtype` becomes infinite.
-    Errors: one that lists all missing, unknown, misshaped and non-floating tensors and says what the file looks like.
+    dtype: of all parameters; None keeps what is stored (float64 becomes float32). host: numpy arrays. sharding: one for
+    all leaves, or a function (path, shape) -> Sharding; each device is given its own part and no more. Beside what the
+    result holds, memory needs the size of one leaf at most (on a CPU device nothing). Values are not looked at: what is
+    NaN or infinite in the file stays so, and what does not fit into `dtype` becomes infinite. Raises: ValueError for
+    one that lists all missing, unknown, misshaped and non-floating tensors and says what the file looks like.
     """
     stored = canonical_names(type(module).__name__, tensors.names())
     wanted = leaves(expected_params(module))

@@ -69,8 +69,9 @@ def load_subject_model(
 
     path: `pytorch_model.bin` or what `save_flat_file` wrote; a folder with the former, or `org/name` of one on the hub;
     a folder of `save_subject_model`. dtype, host, sharding and runtime as in `load_pipeline`. dtype None keeps what is
-    stored: in published files bfloat16 but for what was trained. tokenizer: of files, see `clip_tokenizer`.
-    Errors, one line each: those of `load_pipeline`; a model without subjects; widths that do not fit each other.
+    stored: in published files bfloat16 but for what was trained. tokenizer: of files, see `clip_tokenizer`. Raises:
+    ValueError, FileNotFoundError, one line each, as `load_pipeline`; a model without subjects; widths that do not fit
+    each other.
     """
     path = fetch_file(str(path), FLAT_FILE) if is_hub_id(path) else Path(path)
     options = {"host": host, "sharding": sharding, **runtime}
@@ -111,8 +112,8 @@ def save_flat_file(model: SubjectPipeline | Pipeline, path: str | Path, dtype: j
 
     Tensors have the names and shapes that FastComposer's and Face-diffuser's own code loads strictly: old names of the
     autoencoder's attention, no `text_model.`, and the buffers `position_ids`. dtype None keeps each parameter's own.
-    The configs go into the file's metadata, for `open_single_file`.
-    Errors: a name that does not end in .safetensors; a pipeline that is not of Stable Diffusion 1's one text encoder.
+    The configs go into the file's metadata, for `open_single_file`. Raises: ValueError for a name that does not end in
+    .safetensors; a pipeline that is not of Stable Diffusion 1's one text encoder.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -23,7 +23,10 @@ EXPECTED = "a model folder holds config.json and *.safetensors"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a model folder. Errors: what is missing, and what the folder may be instead."""
+    """The `config.json` of a model folder.
+
+    Raises: FileNotFoundError for what is missing, and what the folder may be instead.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; {EXPECTED}")
     if not (folder / "config.json").is_file():
@@ -36,8 +39,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files with the weights of a model folder: one, or the shards of one model.
 
-    variant None: full precision, or fp16 where that is all there is. Errors: nothing of the kind, or not of that
-    variant, with what there is; an index that names files elsewhere.
+    variant None: full precision, or fp16 where that is all there is. Raises: FileNotFoundError for nothing of the kind,
+    or not of that variant, with what there is; an index that names files elsewhere.
     """
     path = folder / choose_weights([path.name for path in folder.iterdir()], variant, str(folder))
     return shards(path) if path.suffix == ".json" else [path]
@@ -46,7 +49,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 def choose_weights(names: Iterable[str], variant: str | None, label: str) -> str:
     """Of the file names in one folder, the one that holds the weights or is the index of their shards.
 
-    Safetensors come before pickles and a whole file before shards. Errors: see `weight_files`; `label` is its name.
+    Safetensors come before pickles and a whole file before shards. Raises: FileNotFoundError for see `weight_files`;
+    `label` is its name.
     """
     names = set(names)
     for kind in ("", f".{DEFAULT_VARIANT}") if variant is None else (f".{variant}",):
@@ -63,8 +67,8 @@ def choose_weights(names: Iterable[str], variant: str | None, label: str) -> str
 def pipeline_parts(index: dict[str, Any], label: str) -> dict[str, list[str]]:
     """What a `model_index.json` names of what is read: {"networks", "text_encoders", "tokenizers"}.
 
-    A part that is absent stands there as null, as the first text encoder of the SDXL refiner does.
-    Errors: no unet, vae, scheduler or text encoder; a text encoder without its tokenizer, or the reverse.
+    A part that is absent stands there as null, as the first text encoder of the SDXL refiner does. Raises: ValueError
+    for no unet, vae, scheduler or text encoder; a text encoder without its tokenizer, or the reverse.
     """
     present = {name for name, value in index.items() if isinstance(value, list) and value[0]}
     encoders, tokenizers = (

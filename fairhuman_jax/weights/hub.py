@@ -36,8 +36,9 @@ def fetch_model(
 ) -> Path:
     """A local folder with `config.json` and the weights of one network of `repo`, fetched where they are not yet.
 
-    revision: branch, tag or commit. Nothing else of the repository is fetched; without a network, what the cache
-    holds is used. Errors, one line each: no such repository, revision or network in it; a gated one; no connection.
+    revision: branch, tag or commit. Nothing else of the repository is fetched; without a network, what the cache holds
+    is used. Raises: ValueError, one line each: no such repository, revision or network in it; a gated one; no
+    connection.
     """
     folder = f"{subfolder}/" if subfolder else ""
     remote = _Repository(repo, revision)
@@ -48,7 +49,10 @@ def fetch_model(
 
 
 def fetch_pipeline(repo: str, variant: str | None = None, revision: str | None = None) -> Path:
-    """A local pipeline folder with the parts of `repo` that `load_pipeline` reads. Errors: those of `fetch_model`."""
+    """A local pipeline folder with the parts of `repo` that `load_pipeline` reads.
+
+    Raises: FileNotFoundError, as `fetch_model`.
+    """
     remote = _Repository(repo, revision)
     if remote.names is None:
         return remote.cached("model_index.json")
@@ -67,7 +71,7 @@ def fetch_pipeline(repo: str, variant: str | None = None, revision: str | None =
 
 
 def fetch_file(repo: str, name: str, revision: str | None = None) -> Path:
-    """One file of `repo`, fetched where it is not yet. Errors: those of `fetch_model`."""
+    """One file of `repo`, fetched where it is not yet. Raises: FileNotFoundError, as `fetch_model`."""
     remote = _Repository(repo, revision)
     if remote.names is None:
         return remote.cached(name) / name

@@ -27,7 +27,7 @@ def load_pose_network(
 
     path: a folder that `save_model` wrote, a checkpoint of mmpose (see `load_mmpose`), or "people", which ships with
     the package and knows the people world at 64 pixels. dtype, host, sharding: as in `load_model`.
-    Errors, one line each: those of `load_model` and `load_mmpose`; a folder with another network.
+    Raises: ValueError, one line each, as `load_model` and `load_mmpose`; a folder with another network.
     """
     path = or_shipped(path, "people_pose")
     if Path(path).is_file():
@@ -49,10 +49,10 @@ def load_mmpose(
     """Network and variables {"params", "batch_stats"} of a checkpoint of mmpose (.pth), read without running it.
 
     Tensors are `backbone.*` and `keypoint_head.*`, or the same under `state_dict`. config: as `HIGHER_HRNET_W48`; None
-    takes widths and depths from the tensors, and the normalisation of pictures from that preset.
-    Errors, one line each: no such file; a pickle that would run something; no HigherHRNet; tensors missing, unknown or
-    of the wrong shape, all of them in one.
-    Source: mmpose 0.29.0, models/backbones/hrnet.py and models/heads/ae_higher_resolution_head.py.
+    takes widths and depths from the tensors, and the normalisation of pictures from that preset. Raises: ValueError,
+    one line each: no such file; a pickle that would run something; no HigherHRNet; tensors missing, unknown or of the
+    wrong shape, all of them in one. Source: mmpose 0.29.0, models/backbones/hrnet.py and
+    models/heads/ae_higher_resolution_head.py.
     """
     tensors = open_tensors(Path(path))
     runtime = {} if dtype is None else {"dtype": jnp.dtype(dtype)}

@@ -38,9 +38,9 @@ def load_model(
     path: a folder, `org/name` on the hub (at `revision`), or a file, in which `subfolder` names the network unless it
     holds one alone. variant: as in fp16, of folders; None takes full precision, or fp16 where that is all there is.
     dtype, host, sharding: see `params_from`; dtype is that of computation too, which None leaves at float32. runtime:
-    scan, remat, attention.
-    Errors, one line each: no such folder or model; unsupported config keys; a variant that is not there; tensors
-    missing, unknown or of the wrong shape (all of them in one error that names the file); a truncated file.
+    scan, remat, attention. Raises: ValueError, one line each: no such folder or model; unsupported config keys; a
+    variant that is not there; tensors missing, unknown or of the wrong shape (all of them in one error that names the
+    file); a truncated file.
     """
     if Path(path).is_file():
         return _load_from_file(Path(path), subfolder, dtype, host=host, sharding=sharding, **runtime)
@@ -78,9 +78,9 @@ def load_pipeline(
 ) -> Pipeline:
     """The pipeline in a diffusers folder, in a model on the hub (`org/name`) or in a single file.
 
-    dtype, variant, revision, host, sharding and runtime as in `load_model`, for every network.
-    An autoencoder whose config says `force_upcast` overflows in float16, so it stays in float32 there.
-    Errors, one line each: no such folder or model, a component that is missing or does not fit its config.
+    dtype, variant, revision, host, sharding and runtime as in `load_model`, for every network. An autoencoder whose
+    config says `force_upcast` overflows in float16, so it stays in float32 there. Raises: FileNotFoundError,
+    ValueError, one line each: no such folder or model, a component that is missing or does not fit its config.
     """
     if Path(path).is_file():
         return load_single_file(path, dtype, host=host, sharding=sharding, **runtime)

@@ -106,7 +106,8 @@ class TorchPickle:
     """The tensors of one torch checkpoint by name; nothing is read until it is asked for.
 
     `state_dict` is unwrapped, however deep; tensors in other dicts inside each other get dotted names. metadata: the
-    numbers and texts beside the state dict (epoch, global_step, ...). Errors: those of `load_pickle`; no tensors.
+    numbers and texts beside the state dict (epoch, global_step, ...). Raises: FileNotFoundError, ValueError,
+    RefusedPickle, EOFError, as `load_pickle`; no tensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,8 +142,9 @@ def load_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
     """What a pickle of torch (zip or legacy) or of Python holds, without running any of its code.
 
     Tensors come as `LazyTensor`, objects of Lightning, argparse, omegaconf and the like as `Inert`. allowed:
-    "module.name" -> the stand-in to call for it. Errors, one line each: no such file; a name that is not known to
-    be harmless ("would run posix.system"); float8 tensors; a truncated file.
+    "module.name" -> the stand-in to call for it. Raises: FileNotFoundError, ValueError, RefusedPickle, EOFError, one
+    line each: no such file; a name that is not known to be harmless ("would run posix.system"); float8 tensors; a
+    truncated file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")

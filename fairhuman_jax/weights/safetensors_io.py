@@ -48,8 +48,8 @@ class _Stored(NamedTuple):
 class TensorFiles:
     """The tensors of one or several safetensors files, by name; nothing is read until it is asked for.
 
-    Errors, one line each: a missing, truncated or otherwise unreadable file; tensors in float8 or another type
-    that is not read, by name; a tensor that is in two of the files.
+    Raises: FileNotFoundError, ValueError, one line each: a missing, truncated or otherwise unreadable file; tensors in
+    float8 or another type that is not read, by name; a tensor that is in two of the files.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -92,8 +92,8 @@ def write_tensors(
     """Write `read(name)` for every name of `shapes`, in turn; the file at `path` is replaced as a whole.
 
     Wider types come first, as the format's own writers do, so that every tensor starts at a multiple of its item.
-    Errors: a tensor that a narrower float type cannot hold (finite before, infinite after), by name; OSError
-    from a full disk in one line, the old file kept.
+    Raises: ValueError for a tensor that a narrower float type cannot hold (finite before, infinite after), by name;
+    OSError from a full disk in one line, the old file kept.
     """
     dtypes = {name: jnp.dtype(dtype[name] if isinstance(dtype, Mapping) else dtype) for name in shapes}
     dtypes = dict(sorted(dtypes.items(), key=lambda item: (-item[1].itemsize, item[0])))

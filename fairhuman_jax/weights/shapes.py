@@ -49,7 +49,7 @@ IMAGE_ENCODERS: dict[str, Config] = {"openai/clip-vit-large-patch14": presets.CL
 def image_encoder_config(path: str | Path) -> Config:
     """The config of a folder, or of a published CLIP image encoder by its hub id.
 
-    Errors: a path that is neither; a folder without config.
+    Raises: FileNotFoundError for a path that is neither; a folder without config.
     """
     if Path(path).is_dir():
         return read_config(Path(path))
@@ -63,7 +63,7 @@ def pipeline_shapes(path: str | Path, dtype: jnp.dtype | str | None = None, **ru
 
     dtype: of parameters and computation, None for float32; runtime (scan, remat, attention) as in `load_model`. No
     weights are read, so none need be there, and nothing is asked of the hub. Tokenizers are left out.
-    Errors: a path that is neither; a folder without its configs; a single file.
+    Raises: ValueError, FileNotFoundError for a path that is neither; a folder without its configs; a single file.
     """
     configs = _configs(path)
     params, modules = {}, {}

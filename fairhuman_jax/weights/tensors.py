@@ -95,8 +95,9 @@ class ParamTensors:
 def open_tensors(paths: Path | Iterable[Path]) -> Tensors:
     """The tensors of a file, of several (shards) as one, or of those that an `*.index.json` names.
 
-    Formats are told by content: safetensors, or a checkpoint of torch (.ckpt, .pt, .pth, .bin).
-    Errors, one line each: those of the format; GGUF, git-lfs pointers, web pages and empty files by name.
+    Formats are told by content: safetensors, or a checkpoint of torch (.ckpt, .pt, .pth, .bin). Raises:
+    FileNotFoundError, ValueError, one line each: those of the format; GGUF, git-lfs pointers, web pages and empty files
+    by name.
     """
     files = [path for given in ([paths] if isinstance(paths, Path) else paths) for path in _shards(given)]
     kinds = [_format(path) for path in files]
@@ -136,7 +137,10 @@ class _Joined:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that a `*.index.json` names. Errors: no `weight_map`; a name that leaves the index's folder."""
+    """The files that a `*.index.json` names.
+
+    Raises: ValueError for no `weight_map`; a name that leaves the index's folder.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map from tensors to files")

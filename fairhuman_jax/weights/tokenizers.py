@@ -37,7 +37,8 @@ class SubjectTokens(NamedTuple):
 def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
     """The CLIP tokenizer of a folder holding vocab.json and merges.txt, or tokenizer.json.
 
-    Errors: no such folder or files; a tokenizer without a length limit, which would truncate nothing.
+    Raises: FileNotFoundError, ValueError for no such folder or files; a tokenizer without a length limit, which would
+    truncate nothing.
     """
     folder = Path(folder)
     pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
@@ -97,7 +98,7 @@ def tokenize_subjects(
     strict: a caption without marker, with more than `slots` or with one whose word is cut off is an error; otherwise,
     as training data want it, it has no subject, the first `slots`, or those that are left.
     compat="reference": a caption that is cut loses its end token, as in FastComposer.
-    Errors, one line each: those; a marker inside a word; another `compat`. Source: fastcomposer/data.py.
+    Raises: ValueError, one line each: those; a marker inside a word; another `compat`. Source: fastcomposer/data.py.
     """
     if compat not in (None, "reference"):
         raise ValueError(f"tokenize_subjects: unknown compat {compat!r}; known: reference")

@@ -70,7 +70,8 @@ class Inert:
 class PlainUnpickler(pickle._Unpickler):  # the one in Python: its C twin cannot be told what BUILD may touch
     """Builds plain Python values, numpy scalars and arrays.
 
-    allowed: "module.name" -> stand-in, in addition to `PLAIN`. Errors: `RefusedPickle` names what is not in the table.
+    allowed: "module.name" -> stand-in, in addition to `PLAIN`. Raises: RefusedPickle, EOFError: `RefusedPickle` names
+    what is not in the table.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)

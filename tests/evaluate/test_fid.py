@@ -108,7 +108,7 @@ def test_impossible_subsets(subsets, size):
 
 
 def test_reference_wraps_around():
-    """Acceptance fact 20 of HumanSD's program, and what it does to white."""
+    """Values outside of [0, 1] wrap around in uint8, and so does white, as in HumanSD's program."""
     values = np.array([-2.1, -0.5, 0.2, 1.0, 1.5, 2.64], np.float32)
     assert wrapped_uint8(values).tolist() == [233, 129, 51, 255, 126, 161]
     white = reference_uint8(np.full((1, 1, 3), 255, np.uint8))

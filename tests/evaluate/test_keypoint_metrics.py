@@ -126,7 +126,7 @@ def test_the_set_is_measured_whole():
 
 
 def test_corrected_cap():
-    """Acceptance fact 19: 1 for a perfect detection, at any place and size; less for another shape."""
+    """A perfect detection scores 1 at any place and size; another shape scores less."""
     for seed in range(10):
         truth = points(seed)
         assert cap(truth, truth) == pytest.approx(1.0)
@@ -150,7 +150,7 @@ def test_corrected_cap_of_poses_without_extent():
 
 
 def test_reference_cap():
-    """Acceptance fact 19: a perfect detection is below 1, and y / sigma may be shuffled over the joints."""
+    """The published variant scores a perfect detection below 1, and may shuffle y / sigma over the joints."""
     for seed in range(10):
         truth, found = points(seed), points(seed + 50)
         perfect = cap_reference(truth, truth)

@@ -143,7 +143,7 @@ def assert_network_gradients(gradients, ours, losses, twin, network):
 
 
 def assert_sum_is_published_and_fair_is_not(gradients, losses, twin, network):
-    """Acceptance fact 12: the published trainers of networks follow the gradient of the summed losses."""
+    """The published trainers of networks follow the gradient of the summed losses."""
     twin.zero_grad()
     sum(losses.values()).backward(retain_graph=True)
     expected = torch_twins.to_flax({key: value.grad for key, value in twin.named_parameters()}, network)

@@ -98,7 +98,7 @@ def test_rematerialised_and_unrolled_networks_give_the_same(system, gradients, s
 
 
 def test_accumulated_over_micro_batches_equal_one_batch(system, gradients):
-    """Acceptance fact 13."""
+    """Gradients averaged over four micro-batches are those of the whole batch."""
     frozen, batch = system.pipeline.params, random_batch()
     tree = trained_lora(system)
     step = quick_jit(

@@ -107,7 +107,7 @@ def test_eight_devices_equal_one(devices, fsdp):
 
 
 def test_micro_batches_on_a_mesh_equal_one_batch():
-    """Acceptance fact 13, with the noise of each sample kept by its place in the global batch."""
+    """Micro-batches on four devices train as one batch: a sample's noise goes by its place in the global batch."""
     alone, _ = run(batches(2))
     state, _ = run(batches(2), devices=4, accumulate=4)
     assert_trees_close((state.trainable, state.optimizers), (alone.trainable, alone.optimizers))
@@ -126,7 +126,7 @@ def test_meshes_and_batches_that_do_not_divide_are_refused():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["x", "face_mask", "hand_mask"])
 def test_a_gradient_that_is_not_finite_changes_nothing(where, bad):
-    """Acceptance fact 22: in one sample of one task on one device is enough."""
+    """A value that is not finite in one sample of one task on one device is enough to skip the step."""
     first, broken = list(batches(2))
     broken[where] = broken[where].copy()
     broken[where][9, 0] = bad
@@ -180,7 +180,7 @@ def plain_gradients(batch, names):
 
 
 def test_sum_is_the_gradient_of_the_summed_losses_and_mpd_is_not():
-    """Acceptance fact 12."""
+    """The combined gradient of the plain sum is that of the summed losses; the fair rule turns it."""
     data = list(batches(1))
     summed = plain_gradients(data[0], ("global", "face", "hand"))
     assert_trees_close(gradient_of(data, fair=FairConfig(method="sum"))[0], summed)
@@ -206,7 +206,7 @@ def test_single_and_one_objective_are_plain_training():
 
 
 def test_a_batch_without_hands_is_a_step_of_two_tasks():
-    """Acceptance fact 6; "n_tasks" would multiply by 3 here and by 2 there."""
+    """An absent region takes no part; rescaling by "n_tasks" would multiply by 3 here and by 2 there."""
     data = list(batches(1, hand_mask=np.zeros((16, 5), np.float32)))
     fair = FairConfig(rescale="none")
     three, metrics = gradient_of(data, fair=fair)

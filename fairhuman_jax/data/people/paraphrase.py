@@ -14,7 +14,7 @@ FULL_SHARE = 4  # of a caption's forms, how many are the caption itself
 def paraphrases(caption: str) -> tuple[str, ...]:
     """The caption, FULL_SHARE times, and shorter forms that say less: no framing, no looks, "in" for "wearing".
 
-    One drawn uniformly is the caption itself at least every other time. Raises ValueError on text of another grammar.
+    One drawn uniformly is the caption itself at least every other time. Raises: ValueError on text of another grammar.
     """
     match = _CAPTION.fullmatch(caption)
     if match is None:

@@ -33,7 +33,7 @@ class PeopleScenes:
     A sample is `image` uint8 [S, S, 3], `segment_map` uint8 [S, S] (0 background, 1 the person named first, 2 the
     other), `people` int32 [2] (numbers of the identities; -1: nobody) and `caption`. Sample i is drawn from (seed, i)
     but for its people: neighbours show the same, number i identities // length, and pairs are made among neighbours;
-    so nearly all people of the last samples are in no other. Raises ValueError: a length below 1, more people than
+    so nearly all people of the last samples are in no other. Raises: ValueError for a length below 1, more people than
     samples, pairs of less than two people.
     """
 
@@ -120,7 +120,7 @@ class PeopleViews:
     """`count` pictures of each of the first `identities` people of a seed, in other clothes and poses than any scene's.
 
     Picture k count + v is view v of person k, drawn from (seed, k, v): `image` uint8 [S, S, 3], `person_mask` uint8 [S,
-    S, 1] and `caption`; heads, shoulders and chests. Raises ValueError: no view.
+    S, 1] and `caption`; heads, shoulders and chests. Raises: ValueError for no view.
     """
 
     def __init__(self, size: int, identities: int, seed: int, count: int, supersample: int = 2) -> None:

@@ -255,7 +255,7 @@ def open_staged(
     """A subject model and, unless it draws alone, the scene model to draw with it, with all parameters by network.
 
     base: what `load_subject_model` reads; scene: a pipeline of the same network, whose autoencoder and text encoder are
-    not kept. `options` go to both (attention). Errors: those of loading; networks or text encoders that differ.
+    not kept. `options` go to both (attention). Raises: ValueError, as loading; networks or text encoders that differ.
     """
     pipeline, encoder, postfuse, params = load_subject_model(base, dtype=dtype, **options)
     params = dict(params)

@@ -102,7 +102,7 @@ class SubjectModelConfig(SystemConfig):
     def attach(self, pipeline: Pipeline, encoder: CLIPVision, begun: dict[str, PyTree]) -> SubjectModel:
         """The system around open networks; of image_encoder and postfuse what is not in `begun` starts at random.
 
-        Errors: as for `build`.
+        Raises: ValueError for as for `build`.
         """
         width = pipeline.text_encoders[0].config["hidden_size"]
         if len(pipeline.text_encoders) != 1:
@@ -160,7 +160,7 @@ class SubjectModel(SubjectDiffusion):
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"output", "target" [B, h, w, c], "mask" [B, h, w, 1], "masked" [B], "columns": attention of each layer}.
 
-        Errors: a batch without subjects, or with another number of slots.
+        Raises: ValueError for a batch without subjects, or with another number of slots.
         """
         params = self.joined(trainable, frozen)
         pictures, positions, valid = subject_batch(batch, self.slots)
@@ -203,7 +203,7 @@ class SubjectModel(SubjectDiffusion):
     def preview(self, config: PreviewConfig, held_out: dict[str, np.ndarray]) -> tuple[StagedRequest, list[str]] | None:
         """The configured prompts, whose markers take the subjects of held-out samples in turn.
 
-        Errors: a prompt without marker.
+        Raises: ValueError for a prompt without marker.
         """
         if not config.prompts:
             return None

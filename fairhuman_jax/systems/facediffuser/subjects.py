@@ -50,7 +50,7 @@ class SubjectDiffusion(LatentDiffusion):
         """Captions -> {"input_ids" int32 [B, L], "subject_positions" int32 [B, slots], "subject_valid" bool}.
 
         A subject's word is the one before a marker (`weights.tokenize_subjects`); a caption may have none.
-        Errors: chunks, which would part a word from its position.
+        Raises: ValueError for chunks, which would part a word from its position.
         """
         if chunks is not None:
             raise ValueError("captions with subjects are one chunk: long prompts are cut")
@@ -96,8 +96,8 @@ class SubjectDiffusion(LatentDiffusion):
 def subject_batch(batch: Batch, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(pictures [B, N, S, S, 3] in [0, 1], positions [B, N], valid bool [B, N]) of a batch.
 
-    A slot is valid where the caption marks a word and the batch has a picture. Errors: no pictures, or another number
-    of slots than the system's.
+    A slot is valid where the caption marks a word and the batch has a picture. Raises: ValueError for no pictures, or
+    another number of slots than the system's.
     """
     if "object_pixels" not in batch:
         raise ValueError(

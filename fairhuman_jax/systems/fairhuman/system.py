@@ -41,7 +41,8 @@ class FairHumanConfig(SystemConfig):
     sample and step. compat "reference": the losses of the published trainer of that trainable, with weights on the
     global loss alone for LoRA and one coin a batch for control dropout; its combination is FairConfig's matter (mpd for
     LoRA, sum for the others). remat: none, full, attention or offload; dtype: of frozen weights and computation.
-    Errors: two timestep weights at once; options that `compat` fixes otherwise; control dropout without control.
+    Raises: ValueError for two timestep weights at once; options that `compat` fixes otherwise; control dropout without
+    control.
     """
 
     base: str = "people"
@@ -115,7 +116,7 @@ class FairHuman(LatentDiffusion):
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"output", "target": [B, h, w, c], "weight": [B]}; weight is min-SNR's, that of the x0 error, or one.
 
-        Errors: a ControlNet or adapter without `conditioning_image` in the batch.
+        Raises: ValueError for a ControlNet or adapter without `conditioning_image` in the batch.
         """
         config = self.config
         added, lora = self.part.applied(trainable)

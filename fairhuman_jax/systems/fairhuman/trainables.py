@@ -80,7 +80,7 @@ class LoraTrainable:
     WEIGHT_ON_GLOBAL_ONLY: ClassVar[bool] = True
 
     def build(self, pipeline: Pipeline) -> LoraPart:
-        """Reads `start`. Errors: a LoRA file that cannot be read, or of another rank or other layers."""
+        """Reads `start`. Raises: ValueError for a LoRA file that cannot be read, or of another rank or other layers."""
         targets = {"unet": self.targets}
         if self.text_targets:
             targets |= dict.fromkeys(pipeline.text_encoder_names, self.text_targets)
@@ -183,7 +183,10 @@ class ControlNetTrainable:
     WEIGHT_ON_GLOBAL_ONLY: ClassVar[bool] = False
 
     def build(self, pipeline: Pipeline) -> NetworkPart:
-        """Reads `start`. Errors: a network of another class or for another base; widths that do not fit."""
+        """Reads `start`.
+
+        Raises: ValueError for a network of another class or for another base; widths that do not fit.
+        """
         if self.start is not None:
             if self.widths is not None:
                 raise ValueError("trainable.widths is for a new ControlNet; that of trainable.start has its own")
@@ -230,7 +233,10 @@ class AdapterTrainable:
     WEIGHT_ON_GLOBAL_ONLY: ClassVar[bool] = False
 
     def build(self, pipeline: Pipeline) -> NetworkPart:
-        """Reads `start`. Errors: a network of another class or for another base; channels that do not fit."""
+        """Reads `start`.
+
+        Raises: ValueError for a network of another class or for another base; channels that do not fit.
+        """
         if self.start is not None:
             network, params = _open_start(self.start, T2IAdapter, pipeline)
             _check_adapter(f"trainable.start={self.start}", network, pipeline)

@@ -56,7 +56,7 @@ class HumanSDConfig(SystemConfig):
     "reference": the published behaviour, also in previews (49 of 50 steps, negative prompt); the loss is then
     "reference", or "plain" for the published ablation. remat: none, full, attention or offload; dtype: of text encoder
     and computation; autoencoder and pose network are float32 always.
-    Errors: unknown names; options that `compat` fixes otherwise.
+    Raises: ValueError for unknown names; options that `compat` fixes otherwise.
     """
 
     base: str = "people"
@@ -105,7 +105,10 @@ class HumanSDConfig(SystemConfig):
         return {"system": "humansd", "base": str(export), "compat": self.compat}
 
     def attach(self, pipeline: Pipeline) -> HumanSD:
-        """The system around an open pipeline, whose parameters are float32 or shapes. Errors: as for `build`."""
+        """The system around an open pipeline, whose parameters are float32 or shapes.
+
+        Raises: ValueError for as for `build`.
+        """
         network, variables = None, None
         if self.loss != "plain":
             if self.pose_network is None:
@@ -142,8 +145,8 @@ class HumanSD(LatentDiffusion):
     def predict(self, trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> PyTree:
         """{"output", "target": [B, h, w, c]}, with the loss's "weight" or mask [B, h, w, c or 1] unless it is plain.
 
-        The branch of the pose network is no part of what is differentiated.
-        Errors: a batch without `conditioning_image`; pictures of a size that the pose network does not read.
+        The branch of the pose network is no part of what is differentiated. Raises: ValueError for a batch without
+        `conditioning_image`; pictures of a size that the pose network does not read.
         """
         params = joined(trainable, frozen)
         pose = self.pose_latents(params, batch, key)
@@ -245,7 +248,7 @@ def with_pose_channels(pipeline: Pipeline) -> Pipeline:
     """The pipeline with a denoiser that reads a pose's latents after its own: it answers as before, whatever the pose.
 
     The kernel of its first convolution [3, 3, c, C] becomes [3, 3, 2 c, C], zero from c on; one that reads a pose
-    already stays as it is. Parameters may be shapes. Raises ValueError for a denoiser that reads something else.
+    already stays as it is. Parameters may be shapes. Raises: ValueError for a denoiser that reads something else.
     """
     unet, channels = pipeline.unet, pipeline.vae.config["latent_channels"]
     if stable_diffusion(pipeline).denoiser.reads == "pose":

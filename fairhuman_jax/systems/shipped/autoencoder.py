@@ -34,7 +34,7 @@ class AutoencoderConfig(SystemConfig):
     dtype: str = "float32"
 
     def build(self, shapes: bool = False) -> Autoencoder:
-        """The network, not yet initialised. Errors: config keys that are not supported."""
+        """The network, not yet initialised. Raises: ValueError for config keys that are not supported."""
         vae = AutoencoderKL.from_config(self.vae, dtype=jnp.dtype(self.dtype), remat=self.remat)
         return Autoencoder(vae=vae, config=self)
 

@@ -32,7 +32,10 @@ class IdentityEncoderConfig(SystemConfig):
     temperature: float = 0.1
 
     def build(self, shapes: bool = False) -> IdentityEncoder:
-        """The network, not yet initialised. Errors: config keys that are not known; no projection; no temperature."""
+        """The network, not yet initialised.
+
+        Raises: ValueError for config keys that are not known; no projection; no temperature.
+        """
         if self.temperature <= 0.0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
         network = CLIPVision.from_config(self.network)

@@ -37,7 +37,7 @@ class PoseNetworkConfig(SystemConfig):
     dtype: str = "float32"
 
     def build(self, shapes: bool = False) -> PoseNetwork:
-        """The network, not yet initialised. Errors: config keys that are not known."""
+        """The network, not yet initialised. Raises: ValueError for config keys that are not known."""
         return PoseNetwork(HigherHRNet.from_config(dict(self.network), dtype=jnp.dtype(self.dtype)), self)
 
 

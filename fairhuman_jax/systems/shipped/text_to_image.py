@@ -47,7 +47,10 @@ class TextToImageConfig(SystemConfig):
     dtype: str = "float32"
 
     def build(self, shapes: bool = False) -> TextToImage:
-        """Reads autoencoder and tokenizer, and what to start from. Errors: folders that are missing or do not fit."""
+        """Reads autoencoder and tokenizer, and what to start from.
+
+        Raises: ValueError for folders that are missing or do not fit.
+        """
         runtime = {"dtype": jnp.dtype(self.dtype), "remat": self.remat}
         vae, vae_params = load_model(self.vae, dtype=self.dtype, remat=self.remat)
         pipeline = Pipeline(

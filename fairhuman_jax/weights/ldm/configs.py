@@ -53,7 +53,10 @@ def unet_family(tensors: Tensors) -> str:
 
 
 def unet_config(tensors: Tensors) -> Config:
-    """The `config.json` of a UNet in diffusers' names. Errors: tensors that tell its size are missing."""
+    """The `config.json` of a UNet in diffusers' names.
+
+    Raises: ValueError for tensors that tell its size are missing.
+    """
     family = unet_family(tensors)
     layout = diffusers_layout(tensors.names())
     config = UNETS[family] | _encoder_config(tensors, layout)

@@ -92,7 +92,7 @@ def open_single_file(
     ComfyUI does, since no name or shape differs between v and epsilon; else epsilon.
     scaling_factor: of the autoencoder. None: 0.13025 in SDXL files, else 0.18215, which is wrong for an SDXL
     autoencoder in a file of its own: its shapes are those of the others.
-    Errors, one line each: a file that cannot be read; none of these; tensors that no rule covers, listed.
+    Raises: ValueError, one line each: a file that cannot be read; none of these; tensors that no rule covers, listed.
     """
     return recognise(open_tensors(Path(path)), prediction_type=prediction_type, scaling_factor=scaling_factor)
 
@@ -136,8 +136,8 @@ def load_component(
 ) -> tuple[nn.Module, PyTree]:
     """Network `name` of a single file, one of its `SingleFile.components`, and its parameters.
 
-    dtype, host, sharding and runtime as in `load_model`. Errors: those of `open_single_file`; a component that the
-    file does not hold; tensors that are missing or misshaped.
+    dtype, host, sharding and runtime as in `load_model`. Raises: ValueError, as `open_single_file`; a component that
+    the file does not hold; tensors that are missing or misshaped.
     """
     single = open_single_file(path)
     if name not in single.components:
@@ -158,8 +158,8 @@ def load_single_file(
     """The whole pipeline in a single file; dtype, host, sharding and runtime as in `load_pipeline`.
 
     tokenizer: where CLIP's vocabulary is, see `clip_tokenizer`. prediction_type: see `open_single_file`. A ControlNet
-    beside the model is left to `load_component`, what reads subjects to `load_subject_model`.
-    Errors, one line each: those of both; a file without autoencoder or text encoder; a tokenizer of another size.
+    beside the model is left to `load_component`, what reads subjects to `load_subject_model`. Raises: ValueError, one
+    line each: those of both; a file without autoencoder or text encoder; a tokenizer of another size.
     """
     single = open_single_file(path, prediction_type=prediction_type)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in single.components]

@@ -89,9 +89,9 @@ class Group:
 def groups_of(tensors: Tensors) -> dict[str, Group]:
     """Component -> its tensors, in the order of `COMPONENTS`.
 
-    Buffers and leftovers are passed over by name, averaged copies too unless the file has no other UNet.
-    Errors: an empty file; one that is none of the layouts that are read; tensors beside a known layout that belong
-    to no component, listed.
+    Buffers and leftovers are passed over by name, averaged copies too unless the file has no other UNet. Raises:
+    ValueError for an empty file; one that is none of the layouts that are read; tensors beside a known layout that
+    belong to no component, listed.
     """
     names = tensors.names()
     if not names:

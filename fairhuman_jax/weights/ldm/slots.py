@@ -107,7 +107,7 @@ def openclip_layers(names: Iterable[str]) -> int:
 def ldm_unet_slots(names: Iterable[str], prefix: str, *, linear: bool) -> Slots:
     """Slots in LDM names of a diffusers UNet or ControlNet. linear: attention blocks begin and end in linear maps.
 
-    Errors: a network without middle block, which LDM has no name for.
+    Raises: ValueError for a network without middle block, which LDM has no name for.
     """
     names = tuple(names)
     layout = diffusers_layout(names)

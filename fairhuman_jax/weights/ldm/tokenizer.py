@@ -21,7 +21,7 @@ def clip_tokenizer(source: str | Path | None = None, *, pad: str = CLIP_PAD) -> 
 
     source: a tokenizer folder, a pipeline folder with one, or the table `bpe_simple_vocab_16e6.txt.gz` (49408 tokens,
     77 a prompt). None takes the table that ships with this package.
-    Errors: no such folder or file.
+    Raises: ValueError for no such folder or file.
     """
     path = shipped(f"clip-tokenizer/{TABLE}") if source is None else Path(source)
     if path.is_file():
@@ -36,7 +36,7 @@ def clip_tokenizer(source: str | Path | None = None, *, pad: str = CLIP_PAD) -> 
 def tokenizer_from_table(path: Path, *, pad: str = CLIP_PAD) -> CLIPTokenizer:
     """The tokenizer of CLIP's own table of merges: bytes, bytes that end a word, 48894 merges, start and end token.
 
-    Errors: a file that is no such table. Source: the reference code of CLIP, `simple_tokenizer.py`.
+    Raises: ValueError for a file that is no such table. Source: the reference code of CLIP, `simple_tokenizer.py`.
     """
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")

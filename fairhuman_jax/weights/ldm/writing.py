@@ -36,9 +36,9 @@ def save_single_file(pipeline: Pipeline, path: str | Path, dtype: jnp.dtype | st
 
     The layout follows the text encoders: CLIP (SD 1.x), OpenCLIP (SD 2.x, in the 23 layers that are used) or both
     (SDXL); OpenCLIP's attention is fused again. dtype None keeps each parameter's own. The configs go into the file's
-    metadata, from which `open_single_file` takes what shapes do not say; other programs read the prediction type
-    there and, for SDXL, from the empty tensors `v_pred` and `ztsnr`. No tokenizer is written.
-    Errors: a name that does not end in .safetensors; a UNet without middle block; values that do not fit `dtype`.
+    metadata, from which `open_single_file` takes what shapes do not say; other programs read the prediction type there
+    and, for SDXL, from the empty tensors `v_pred` and `ztsnr`. No tokenizer is written. Raises: ValueError for a name
+    that does not end in .safetensors; a UNet without middle block; values that do not fit `dtype`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -50,11 +50,10 @@ def load_lora(path: str | Path, target: nn.Module | PyTree, component: str = UNE
     """The LoRA tree (float32 host arrays) for `target`, a network or its parameters, from file or folder.
 
     Reads diffusers' present and old naming, PEFT, and kohya in diffusers' and in the original block naming, on linear
-    layers and convolutions; what the file holds for other components is left out. The file's strength (alpha / rank)
-    is multiplied into `up`. A layer of a stack that the file does not adapt gets zeros; ranks within a stack are
-    padded to the largest.
-    Errors, one line each: a layout that is not read (by name), a LoRA for another base, layers that `target` does not
-    have, a factor missing, wrong shapes.
+    layers and convolutions; what the file holds for other components is left out. The file's strength (alpha / rank) is
+    multiplied into `up`. A layer of a stack that the file does not adapt gets zeros; ranks within a stack are padded to
+    the largest. Raises: ValueError, FileNotFoundError, one line each: a layout that is not read (by name), a LoRA for
+    another base, layers that `target` does not have, a factor missing, wrong shapes.
     """
     if component not in COMPONENTS:
         raise ValueError(f"load_lora: unknown component {component!r}; known: {', '.join(COMPONENTS)}")
@@ -71,7 +70,7 @@ def load_loras(entries: Iterable[tuple[str | Path, float]], params_by_component:
 
     Updates are stacked along their rank, so the tree applies their weighted sum; `load_lora` says what is read.
     Entries of `params_by_component` that no LoRA adapts (an autoencoder) are passed over.
-    Errors: those of `load_lora`; a file that adapts a component which the model does not have.
+    Raises: FileNotFoundError, ValueError, as `load_lora`; a file that adapts a component which the model does not have.
     """
     known = {name: params_by_component[name] for name in COMPONENTS if name in params_by_component}
     loaded: dict[str, list[PyTree]] = {}
@@ -216,7 +215,7 @@ def _from_torch(down: np.ndarray, kernel: tuple[int, ...]) -> np.ndarray:
 
 
 def _checked_rank(source: Source, name: str, held: Mapping[str, str], kernel: tuple[int, ...]) -> int:
-    """The rank of a layer's pair. Errors: a factor missing; shapes that are not those of the layer."""
+    """The rank of a layer's pair. Raises: ValueError for a factor missing; shapes that are not those of the layer."""
     if missing := [factor for factor in FACTORS if factor not in held]:
         raise ValueError(f"{source.path}: {name} has no {' and no '.join(missing)} ({', '.join(held.values())})")
     shapes = {factor: source.tensors.shape(held[factor]) for factor in FACTORS}

@@ -21,7 +21,7 @@ HEADER_KEY = "lora_adapter_metadata"
 def adapter_settings(tensors: Tensors, path: Path, component: str) -> dict[str, Any]:
     """peft's settings for a component: from the header that newer diffusers writes, or from the file's neighbour.
 
-    Errors, one line each: settings that cannot be read, or of an adapter that is no plain LoRA.
+    Raises: ValueError, one line each: settings that cannot be read, or of an adapter that is no plain LoRA.
     """
     if HEADER_KEY in tensors.metadata:
         prefix = f"{component}."

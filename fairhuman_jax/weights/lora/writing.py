@@ -45,11 +45,11 @@ def save_lora(
 ) -> Path:
     """Write the trees `loras` by component (unet, text_encoder, text_encoder_2); returns the file.
 
-    dialect: `diffusers` (pytorch_lora_weights.safetensors) or `kohya` (kohya_lora.safetensors); a `folder` that ends
-    in .safetensors is the file itself. The strength `alpha / rank` (1 when alpha is None) is multiplied into `up` for
+    dialect: `diffusers` (pytorch_lora_weights.safetensors) or `kohya` (kohya_lora.safetensors); a `folder` that ends in
+    .safetensors is the file itself. The strength `alpha / rank` (1 when alpha is None) is multiplied into `up` for
     diffusers, so that every reader applies it without being told, and stands in `.alpha` for kohya. dtype: float32,
-    float16, bfloat16.
-    Errors: an unknown component, dialect or dtype; alpha without rank; values that do not fit into `dtype`.
+    float16, bfloat16. Raises: ValueError for an unknown component, dialect or dtype; alpha without rank; values that do
+    not fit into `dtype`.
     """
     if dialect not in FILE_NAMES:
         raise ValueError(f"save_lora: unknown dialect {dialect!r}; known: {', '.join(FILE_NAMES)}")

@@ -39,7 +39,7 @@ def echoed(trainable, pipeline=None, **config):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_x0_weight_adds_the_error_of_the_x0_estimate(kind):
-    """Acceptance fact 16, for every kind of prediction."""
+    """The weight of the x0 error is that of the published formula, for every kind of prediction."""
     schedule = dataclasses.replace(small_pipeline().schedule, prediction_type=kind)
     pipeline = dataclasses.replace(small_pipeline(), schedule=schedule)
     _, prediction, timesteps = echoed(CONTROLNET, pipeline, x0_weight=math.inf)
@@ -53,7 +53,7 @@ def test_x0_weight_adds_the_error_of_the_x0_estimate(kind):
 
 
 def test_reference_losses_of_each_trainer():
-    """Acceptance facts 15, 16 and 17."""
+    """Under compat each trainable has the losses of its published trainer, scales and weights included."""
     batch = control_batch(8)
 
     def losses(trainable, **config):

@@ -98,7 +98,7 @@ QUARTER[:2, 2:] = 1
 
 
 def test_local_losses_hold_their_share_of_the_area():
-    """Acceptance fact 15."""
+    """A region's loss is divided by all latents, so it holds its share of the area."""
     assert objectives(QUARTER) == {"global": 0.25, "face": 0.0625, "hand": 0.0}
     both = objectives(QUARTER, np.ones_like(QUARTER))
     assert both["hand"] == both["global"] == 0.25

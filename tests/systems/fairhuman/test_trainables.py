@@ -120,7 +120,7 @@ def test_a_new_adapter_fits_its_base_and_disturbs_it():
 
 
 def test_sdxl_sizes_without_weights():
-    """Acceptance facts 18 and 19."""
+    """On SDXL a LoRA, a ControlNet and an adapter have the published numbers of parameters."""
     unet = UNet2DCondition.from_config(presets.SDXL_UNET)
     params = {"unet": expected_params(unet)}
     pipeline = dataclasses.replace(tiny_xl_pipeline(), unet=unet, params=params)
