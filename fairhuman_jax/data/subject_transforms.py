@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -18,27 +18,25 @@ NOISE = 255  # background pixels of crops are uniform in 0 ... NOISE - 1
 
 @dataclass(frozen=True)
 class SubjectConfig:
-    """Which objects of a sample are shown to the model, and how; defaults are those of Face-diffuser's SDM script.
+    """The objects of a sample that the model is shown, and how; defaults are those of Face-diffuser's SDM script.
 
-    max_objects: at most so many, a random choice of more; object_resolution: pixels a side of their pictures;
-    object_types: labels that count, () for any; appear_prob: of each object; uncondition_prob: of no caption and no
-    object, text_only_prob: of the caption alone; augment: change the objects' pictures at random. Of the people world
-    alone: identities: how many people a set shows, None for another one in each sample; references: pictures of each,
-    in other clothes and poses, that the objects' pictures are taken from; pairs: share of samples with two people;
-    looks: captions say what people look like, which the pictures of them need not tell then.
+    identities, references, pairs and looks are of the people world alone.
     """
 
-    max_objects: int = 4
-    object_resolution: int = 224
-    object_types: tuple[str, ...] = ("person",)
-    appear_prob: float = 0.9
-    uncondition_prob: float = 0.1
-    text_only_prob: float = 0.0
-    augment: bool = True
-    identities: int | None = None
-    references: int = 4
-    pairs: float = 0.25
-    looks: bool = True
+    max_objects: Annotated[int, "most objects of a sample; of more a random choice is taken"] = 4
+    object_resolution: Annotated[int, "pixels a side of an object's picture"] = 224
+    object_types: Annotated[tuple[str, ...], "labels of objects that count; () takes any"] = ("person",)
+    appear_prob: Annotated[float, "probability that an object is shown"] = 0.9
+    uncondition_prob: Annotated[float, "probability of no caption and no object"] = 0.1
+    text_only_prob: Annotated[float, "probability of the caption alone"] = 0.0
+    augment: Annotated[bool, "change the objects' pictures at random"] = True
+    identities: Annotated[int | None, "number of people in the set; None draws another person for each sample"] = None
+    references: Annotated[
+        int,
+        "pictures of each person, in other clothes and poses, to take an object's picture from",
+    ] = 4
+    pairs: Annotated[float, "fraction of samples with two people"] = 0.25
+    looks: Annotated[bool, "captions describe what people look like"] = True
 
     def __post_init__(self) -> None:
         if self.max_objects < 1 or self.object_resolution < 8:

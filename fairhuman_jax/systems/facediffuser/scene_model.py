@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,12 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class SceneModelConfig(SystemConfig):
-    """Training of a scene model: all of a denoiser on captions alone.
+    """Training of a scene model: all of a denoiser on captions alone. The autoencoder is float32."""
 
-    base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one. remat: none, full,
-    attention or offload; dtype: of text encoder and computation; the autoencoder is float32.
-    """
-
-    base: str = "people"
-    remat: str = "none"
-    attention: str = "auto"
-    dtype: str = "float32"
+    base: Annotated[str, "diffusers folder, single file, hub id, or people (shipped)"] = "people"
+    remat: Annotated[str, "rematerialisation of the networks: none, full, attention or offload"] = "none"
+    attention: Annotated[str, "attention: auto, xla, cudnn or splash"] = "auto"
+    dtype: Annotated[str, "dtype of text encoder and computation"] = "float32"
 
     def build(self, shapes: bool = False) -> SceneModel:
         """Reads the base. Raises: FileNotFoundError and ValueError for files that are not there or cannot be read."""

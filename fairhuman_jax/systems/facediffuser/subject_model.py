@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -41,30 +41,29 @@ COIN_STREAM = 2**31 - 4  # folded into the step's key; no batch has so many posi
 class SubjectModelConfig(SystemConfig):
     """Training of a subject model: the denoiser, the fusion and the last layers of the image encoder.
 
-    base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one. image_encoder: a
-    folder or hub id of a CLIP image encoder with projection, "people" for the shipped one, or a config for one from
-    scratch; its projection must be as wide as the text; None: base is a subject model, to go on from. image_layers: its
-    last layers that train; 0: all of it. max_objects: subjects a caption has room for, as many as
-    data.subjects.max_objects. mask_prob: probability, by sample and step, that the denoising error counts on subjects
-    alone. localization_weight: of the second objective, 0: none; localization_blocks: central blocks whose attention it
-    looks at; localization_normalize: divide attention by its maximum first.
-    compat "reference": one coin a batch, the masked error's mean over the whole picture, captions that are cut lose
-    their end token. remat: none, full, attention or offload; dtype: of text encoder and computation; the autoencoder is
-    float32.
+    The projection of the image encoder must be as wide as the text. compat "reference" takes one coin a batch, the
+    masked error's mean over the whole picture, and captions that lose their end token when truncated. The autoencoder
+    is float32.
     """
 
-    base: str = "people"
-    image_encoder: Any = "openai/clip-vit-large-patch14"
-    image_layers: int = 2
-    max_objects: int = 4
-    mask_prob: float = 0.5
-    localization_weight: float = 1e-3
-    localization_blocks: int = 5
-    localization_normalize: bool = False
-    compat: str | None = None
-    remat: str = "none"
-    attention: str = "auto"
-    dtype: str = "float32"
+    base: Annotated[str, "diffusers folder, single file, hub id, or people (shipped)"] = "people"
+    image_encoder: Annotated[
+        Any,
+        "CLIP image encoder with projection: folder, hub id, people (shipped), or a config for a random one; "
+        "None continues from the subject model in base",
+    ] = "openai/clip-vit-large-patch14"
+    image_layers: Annotated[int, "number of its last layers that train; 0 trains all"] = 2
+    max_objects: Annotated[int, "subjects a caption has room for, as data.subjects.max_objects"] = 4
+    mask_prob: Annotated[
+        float, "probability, by sample and step, that the denoising error counts on subjects alone"
+    ] = 0.5
+    localization_weight: Annotated[float, "weight of the localization objective; 0 leaves it out"] = 1e-3
+    localization_blocks: Annotated[int, "number of central blocks whose attention it reads"] = 5
+    localization_normalize: Annotated[bool, "divide attention by its maximum first"] = False
+    compat: Annotated[str | None, "reference: the published behaviour"] = None
+    remat: Annotated[str, "rematerialisation of the networks: none, full, attention or offload"] = "none"
+    attention: Annotated[str, "attention: auto, xla, cudnn or splash"] = "auto"
+    dtype: Annotated[str, "dtype of text encoder and computation"] = "float32"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mask_prob <= 1.0:

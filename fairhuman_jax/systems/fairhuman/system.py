@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,37 +30,36 @@ DROPOUT_STREAM = 2**31 - 1  # folded into the step's key; no batch has so many p
 
 @dataclass(frozen=True)
 class FairHumanConfig(SystemConfig):
-    """Three objectives on what a `trainable` adds to a frozen base.
+    """Three objectives (global, face, hand) on what a `trainable` adds to a frozen base.
 
-    base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one; vae: another
-    autoencoder for it. local_scale: factor on the face and hand losses (under the fair rule a larger one lowers their
-    share); normalize: "pixels" divides local losses by all latents, "area" by those of the region; mask_method: latent
-    masks by "area", from a covered share of mask_threshold on, or by "stride"; snr_gamma: min-SNR weighting of all
-    three losses; x0_weight: adds the error of the x0 estimate, as a weight of at most this (inf: no bound);
-    timestep_mode: uniform, or cubic, which favours noise; control_dropout: probability of a black condition image, by
-    sample and step. compat "reference": the losses of the published trainer of that trainable, with weights on the
-    global loss alone for LoRA and one coin a batch for control dropout; its combination is FairConfig's matter (mpd for
-    LoRA, sum for the others). remat: none, full, attention or offload; dtype: of frozen weights and computation.
-    Raises: ValueError for two timestep weights at once; options that `compat` fixes otherwise; control dropout without
-    control.
+    compat "reference" takes the losses of the published trainer of that trainable, with weights on the global loss
+    alone for LoRA and one coin a batch for control dropout; the combination is FairConfig's matter (mpd for LoRA, else
+    sum). Raises: ValueError for two timestep weights at once; options that `compat` fixes otherwise; control dropout
+    without control.
     """
 
-    base: str = "people"
-    vae: str | None = None
-    trainable: LoraTrainable | ControlNetTrainable | AdapterTrainable = field(default_factory=LoraTrainable)
-    local_scale: float = 1.0
-    normalize: str = "pixels"
-    mask_method: str = "area"
-    mask_threshold: float = 0.25
-    snr_gamma: float | None = None
-    x0_weight: float | None = None
-    noise_offset: float = 0.0
-    timestep_mode: str = "uniform"
-    control_dropout: float = 0.0
-    compat: str | None = None
-    remat: str = "none"
-    attention: str = "auto"
-    dtype: str = "float32"
+    base: Annotated[str, "diffusers folder, single file, hub id, or people (shipped)"] = "people"
+    vae: Annotated[str | None, "another autoencoder for the base: folder, file or hub id"] = None
+    trainable: Annotated[
+        LoraTrainable | ControlNetTrainable | AdapterTrainable, "what trains: a LoRA, a ControlNet or a T2I-Adapter"
+    ] = field(default_factory=LoraTrainable)
+    local_scale: Annotated[
+        float, "factor on the face and hand losses; under the fair rule a larger one lowers their share"
+    ] = 1.0
+    normalize: Annotated[str, "divide local losses by all latents (pixels) or by those of the region (area)"] = "pixels"
+    mask_method: Annotated[str, "latent masks by the covered area, or by every n-th pixel (stride)"] = "area"
+    mask_threshold: Annotated[float, "least covered share of a latent that counts as region"] = 0.25
+    snr_gamma: Annotated[float | None, "gamma of min-SNR weighting of all three losses; None does not weight"] = None
+    x0_weight: Annotated[
+        float | None, "largest weight of the added error of the x0 estimate; inf is no bound, None adds none"
+    ] = None
+    noise_offset: Annotated[float, "factor of a normal number added to the noise, by sample and channel"] = 0.0
+    timestep_mode: Annotated[str, "density of the timesteps: uniform, or cubic, which favours noise"] = "uniform"
+    control_dropout: Annotated[float, "probability of a black condition image, by sample and step"] = 0.0
+    compat: Annotated[str | None, "reference: losses of the published trainer"] = None
+    remat: Annotated[str, "rematerialisation of the networks: none, full, attention or offload"] = "none"
+    attention: Annotated[str, "attention: auto, xla, cudnn or splash"] = "auto"
+    dtype: Annotated[str, "dtype of frozen weights and computation"] = "float32"
 
     def __post_init__(self) -> None:
         if self.compat not in (None, "reference"):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +55,13 @@ class TrainedPart(Protocol):
 
 @dataclass(frozen=True)
 class LoraTrainable:
-    """A LoRA of `rank` on the UNet's `targets` and, with `text_targets` (q_proj, ...), on all text encoders.
+    """A LoRA on the UNet and, with `text_targets`, on all text encoders; its strength is alpha / rank."""
 
-    Its strength is alpha / rank (alpha None = rank). start: a LoRA file or folder of the same rank and layers to go on
-    from, or None for one that changes nothing yet.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    targets: tuple[str, ...] = UNET_TARGETS
-    text_targets: tuple[str, ...] = ()
-    start: str | None = None
+    rank: Annotated[int, "rank of the updates"] = 16
+    alpha: Annotated[float | None, "alpha of the strength alpha / rank; None is the rank"] = None
+    targets: Annotated[tuple[str, ...], "names of the UNet's layers that are adapted"] = UNET_TARGETS
+    text_targets: Annotated[tuple[str, ...], "names of the text encoders' layers that are adapted, as q_proj"] = ()
+    start: Annotated[str | None, "LoRA file or folder of the same rank and layers to continue from"] = None
 
     # What the published trainer does where a configuration could ask for something else.
     REFERENCE: ClassVar[dict[str, Any]] = {
@@ -161,13 +157,13 @@ class NetworkPart:
 class ControlNetTrainable:
     """A ControlNet: all its parameters, in float32.
 
-    start: a ControlNet to go on from, or None for the UNet's own encoder with residuals of zero. widths: of the
-    condition embedding's convolutions; each after the first halves the picture, so their number follows from the
-    autoencoder's factor, and None takes that many of (16, 32, 96, 256).
+    Each width after the first halves the picture, so their number follows from the autoencoder's factor.
     """
 
-    start: str | None = None
-    widths: tuple[int, ...] | None = None
+    start: Annotated[str | None, "ControlNet to continue from; None copies the UNet's encoder, residuals zero"] = None
+    widths: Annotated[
+        tuple[int, ...] | None, "widths of the condition embedding; None takes as many of 16, 32, 96, 256 as fit"
+    ] = None
 
     REFERENCE: ClassVar[dict[str, Any]] = {
         "local_scale": 1.0,
@@ -209,15 +205,16 @@ class ControlNetTrainable:
 class AdapterTrainable:
     """A T2I-Adapter: all its parameters, in float32.
 
-    start: an adapter to go on from, or None for a random one, whose features are not zero: the base is disturbed at
-    first, as in the published trainer. adapter_type: full_adapter, full_adapter_xl or light_adapter, None = what fits
-    the UNet; channels None = the UNet's. Its downscale factor is the autoencoder's, twice that for full_adapter_xl.
+    A new one is random and its features are not zero, so the base is disturbed at first, as in the published trainer.
+    Its downscale factor is the autoencoder's, twice that for full_adapter_xl.
     """
 
-    start: str | None = None
-    adapter_type: str | None = None
-    channels: tuple[int, ...] | None = None
-    num_res_blocks: int = 2
+    start: Annotated[str | None, "adapter to continue from; None begins a random one"] = None
+    adapter_type: Annotated[
+        str | None, "full_adapter, full_adapter_xl or light_adapter; None takes what fits the UNet"
+    ] = None
+    channels: Annotated[tuple[int, ...] | None, "widths of its features; None takes the UNet's"] = None
+    num_res_blocks: Annotated[int, "residual blocks a resolution"] = 2
 
     REFERENCE: ClassVar[dict[str, Any]] = {
         "local_scale": 1.0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -42,35 +42,32 @@ REFERENCE_ADDED = "detailed background, best quality, extremely detailed"
 
 @dataclass(frozen=True)
 class HumanSDConfig(SystemConfig):
-    """Full training of a denoiser on skeletons.
+    """Full training of a denoiser on skeletons, whose latents it reads beside its own.
 
-    base: a diffusers folder, a single file, a model on the hub, or "people" for the shipped one; its denoiser reads its
-    own latents, or a pose's as well, as HumanSD's does. pose_latent: "sample" or "mode" of the skeleton's posterior.
-    loss: "plain"; "reference", weighted as published by joints that a pose network does not see in the decoded error;
-    "intent", by those it sees; "fair", with the squared error where it sees joints as a second objective, pose, for
-    RunConfig.fair to balance. pose_network: of all but the plain loss, a HigherHRNet: "people" (shipped), a folder or
-    a checkpoint of mmpose; the reference loss shows it raw pictures, as published, the others what it was trained on.
-    bn_mode: its batch norms by stored moments, "eval", or by those of each device's batch, "batch_stats".
-    heat_threshold: above it a joint is seen; pose_loss_weight: of the weight in the reference and intent losses.
-    pose_dropout: probability of a black skeleton, by sample and step; empty captions are data.caption_dropout's. compat
-    "reference": the published behaviour, also in previews (49 of 50 steps, negative prompt); the loss is then
-    "reference", or "plain" for the published ablation. remat: none, full, attention or offload; dtype: of text encoder
-    and computation; autoencoder and pose network are float32 always.
-    Raises: ValueError for unknown names; options that `compat` fixes otherwise.
+    The loss is plain; reference, weighted as published by joints that a pose network does not see in the decoded error;
+    intent, by the joints that it sees; or fair, with the squared error where it sees joints as a second objective for
+    RunConfig.fair to balance. The reference loss shows the network raw pictures, as published. compat "reference" takes
+    the published behaviour, also in previews (49 of 50 steps, negative prompt); the loss is then reference, or plain
+    for the published ablation. Autoencoder and pose network are float32 always. Raises: ValueError for unknown names
+    and options that `compat` fixes otherwise.
     """
 
-    base: str = "people"
-    pose_latent: str = "mode"
-    loss: str = "plain"
-    pose_network: str | None = None
-    bn_mode: str = "eval"
-    heat_threshold: float = 0.05
-    pose_loss_weight: float = 0.1
-    pose_dropout: float = 0.0
-    compat: str | None = None
-    remat: str = "none"
-    attention: str = "auto"
-    dtype: str = "float32"
+    base: Annotated[str, "diffusers folder, single file, hub id, or people (shipped)"] = "people"
+    pose_latent: Annotated[str, "sample or mode of the skeleton's posterior"] = "mode"
+    loss: Annotated[str, "plain, reference, intent or fair"] = "plain"
+    pose_network: Annotated[
+        str | None, "HigherHRNet of every loss but plain: people (shipped), a folder or a checkpoint of mmpose"
+    ] = None
+    bn_mode: Annotated[
+        str, "batch norms of the pose network by stored moments (eval) or those of the batch (batch_stats)"
+    ] = "eval"
+    heat_threshold: Annotated[float, "heat above which a joint is seen"] = 0.05
+    pose_loss_weight: Annotated[float, "weight of the reference and intent terms"] = 0.1
+    pose_dropout: Annotated[float, "probability of a black skeleton, by sample and step"] = 0.0
+    compat: Annotated[str | None, "reference: the published behaviour"] = None
+    remat: Annotated[str, "rematerialisation of the networks: none, full, attention or offload"] = "none"
+    attention: Annotated[str, "attention: auto, xla, cudnn or splash"] = "auto"
+    dtype: Annotated[str, "dtype of text encoder and computation"] = "float32"
 
     REFERENCE: ClassVar[dict[str, Any]] = {
         "pose_latent": "sample",

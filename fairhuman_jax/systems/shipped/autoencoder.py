@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,14 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class AutoencoderConfig(SystemConfig):
-    """vae: config in diffusers' keys; kl_weight: of the latent's divergence from a unit normal, per latent number;
-    face_weight, hand_weight: added to the weight 1 of every pixel inside those regions."""
+    """Training of an autoencoder from scratch."""
 
-    vae: Mapping[str, Any] = field(default_factory=dict)
-    kl_weight: float = 1e-5
-    face_weight: float = 3.0
-    hand_weight: float = 5.0
-    remat: str = "none"
-    dtype: str = "float32"
+    vae: Annotated[Mapping[str, Any], "config in diffusers' keys"] = field(default_factory=dict)
+    kl_weight: Annotated[float, "weight of the latents' divergence from a unit normal, per latent number"] = 1e-5
+    face_weight: Annotated[float, "added to the weight 1 of every pixel on faces"] = 3.0
+    hand_weight: Annotated[float, "added to the weight 1 of every pixel on hands"] = 5.0
+    remat: Annotated[str, "rematerialisation of the networks: none, full, attention or offload"] = "none"
+    dtype: Annotated[str, "dtype of the computation"] = "float32"
 
     def build(self, shapes: bool = False) -> Autoencoder:
         """The network, not yet initialised. Raises: ValueError for config keys that are not supported."""

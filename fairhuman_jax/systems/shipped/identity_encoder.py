@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,12 @@ GREY = 0.5  # what hides the rest of a scene
 
 @dataclass(frozen=True)
 class IdentityEncoderConfig(SystemConfig):
-    """network: config of a CLIP image encoder with projection; temperature: of the contrastive loss."""
+    """Training of an image encoder that tells people apart."""
 
-    network: Mapping[str, Any] = field(default_factory=dict)
-    temperature: float = 0.1
+    network: Annotated[Mapping[str, Any], "config of a CLIP image encoder with projection"] = field(
+        default_factory=dict
+    )
+    temperature: Annotated[float, "temperature of the contrastive loss"] = 0.1
 
     def build(self, shapes: bool = False) -> IdentityEncoder:
         """The network, not yet initialised.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,12 @@ LAST_DEVIATION = 1e-3  # of the initial kernels that make heat maps and tags
 
 @dataclass(frozen=True)
 class PoseNetworkConfig(SystemConfig):
-    """network: config of `HigherHRNet`; sigma: of the Gaussians, in cells of either heat map; tag_weight: of the
-    grouping loss beside the mean squared error of the heat maps."""
+    """Training of a bottom-up pose network from scratch."""
 
-    network: Mapping[str, Any] = field(default_factory=dict)
-    sigma: float = 1.0
-    tag_weight: float = 1e-3
-    dtype: str = "float32"
+    network: Annotated[Mapping[str, Any], "config of the HigherHRNet"] = field(default_factory=dict)
+    sigma: Annotated[float, "deviation of the target Gaussians, in cells of either heat map"] = 1.0
+    tag_weight: Annotated[float, "weight of the grouping loss beside the mean squared error of the heat maps"] = 1e-3
+    dtype: Annotated[str, "dtype of the computation"] = "float32"
 
     def build(self, shapes: bool = False) -> PoseNetwork:
         """The network, not yet initialised. Raises: ValueError for config keys that are not known."""

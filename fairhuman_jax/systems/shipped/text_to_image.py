@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,22 +29,21 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class TextToImageConfig(SystemConfig):
-    """A base model from nothing but a trained autoencoder and a tokenizer.
-
-    vae, tokenizer: folders; unet, text_encoder, scheduler: configs in diffusers' and transformers' keys; start: a
-    pipeline folder (or "people") whose denoiser and text encoder to train on from, None for random ones; snr_gamma:
-    min-SNR weighting, or None.
+    """A base model from nothing but a trained autoencoder and a tokenizer; configs have diffusers' and transformers'
+    keys.
     """
 
-    vae: str
-    tokenizer: str
-    unet: Mapping[str, Any] = field(default_factory=dict)
-    text_encoder: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
-    start: str | None = None
-    snr_gamma: float | None = None
-    remat: str = "none"
-    dtype: str = "float32"
+    vae: Annotated[str, "folder of the autoencoder"]
+    tokenizer: Annotated[str, "folder of the tokenizer"]
+    unet: Annotated[Mapping[str, Any], "config of the denoiser"] = field(default_factory=dict)
+    text_encoder: Annotated[Mapping[str, Any], "config of the text encoder"] = field(default_factory=dict)
+    scheduler: Annotated[Mapping[str, Any], "config of the noise schedule"] = field(default_factory=dict)
+    start: Annotated[
+        str | None, "pipeline folder (or people) whose denoiser and text encoder train on; None begins random ones"
+    ] = None
+    snr_gamma: Annotated[float | None, "gamma of min-SNR weighting; None does not weight"] = None
+    remat: Annotated[str, "rematerialisation of the networks: none, full, attention or offload"] = "none"
+    dtype: Annotated[str, "dtype of the computation"] = "float32"
 
     def build(self, shapes: bool = False) -> TextToImage:
         """Reads autoencoder and tokenizer, and what to start from.
