@@ -34,7 +34,7 @@ def sample_door(arguments: Sequence[str] | None = None) -> None:
         trained = drawn_by_run(start.run) if start.run else {}
         name = _system(start.system or trained.get("system") or recipe.get("system"), arguments)
         parser = _parser(name)
-        _refuse_foreign(arguments, name, parser)
+        _refuse_foreign(arguments, name)
         options = parser.parse_args(arguments)
         written = _sample(pipeline_class(name), options, recipe, trained)
     except USER_ERRORS as error:
@@ -180,7 +180,7 @@ def _flags(name: str) -> set[str]:
     return own | {flag(field.name) for field in fields_of(pipeline_class(name).Options)}
 
 
-def _refuse_foreign(arguments: Sequence[str], name: str, parser: argparse.ArgumentParser) -> None:
+def _refuse_foreign(arguments: Sequence[str], name: str) -> None:
     """Refuses an option of another system by that system's name."""
     for option in flags_of(arguments):
         if option in _flags(name):
