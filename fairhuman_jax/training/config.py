@@ -25,6 +25,7 @@ class DataConfig:
     folder: a FairHuman folder (metadata.jsonl), a FastComposer folder (image_ids_train.txt), a TFDS version folder or
     shards of latents (training/encode.py), told apart by what they hold, a mapping file (.json) of Laion-Human or
     Human-Art, or None for the people world; length, seed: of the people world, which is rendered on first use and kept;
+    framings: the people world's framings and their shares, as (("portrait", 0.3), ...), empty for its own mix;
     conditioning: control images, for the people world "fairhuman" (skeleton, face points, hand depth), for it and
     mapping files "humansd" (skeletons, drawn anew for each crop), while folders have their own; keypoints: with the
     joints of ten people, of the same two; subjects: with pictures of the people in it, their masks and marked captions,
@@ -41,6 +42,7 @@ class DataConfig:
     folder: str | None = None
     length: int = 2048
     seed: int = 0
+    framings: tuple[tuple[str, float], ...] = ()
     conditioning: Literal["fairhuman", "humansd"] | None = None
     keypoints: bool = False
     subjects: SubjectConfig | None = None
