@@ -38,10 +38,11 @@ def config() -> RunConfig:
     return RunConfig(
         system=AutoencoderConfig(
             vae=VAE,
-            loss="squared",
+            loss="pyramid",
             crop=64,
             start="fairhuman_jax/assets/people-base/vae",
-            anchor_weight=0.05,
+            anchor_weight=0.3,
+            kl_weight=1e-4,
         ),
         output="runs/people_128_vae",
         data=DataConfig(length=23_872, held_out=128, resolution=128, framings=FRAMINGS),

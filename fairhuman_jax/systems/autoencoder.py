@@ -222,7 +222,7 @@ def grown(params: PyTree, start: PyTree, levels: int) -> PyTree:
         if path[0] == "encoder" and path[1].startswith(DOWN):
             source = (path[0], f"{DOWN}{int(path[1].removeprefix(DOWN)) - levels}", *path[2:])
         if source in old and old[source].shape == leaf.shape:
-            leaf = jnp.asarray(old[source], jnp.float32)
+            leaf = jnp.array(old[source], jnp.float32)  # a copy: the train step gives up the memory of trainables
         elif path[0] == "decoder" and "upsamplers.0" in path and leaf.ndim == 4:
             leaf = 0.3 * leaf + jnp.zeros_like(leaf).at[1, 1].set(jnp.eye(*leaf.shape[2:]))
         result[path] = leaf

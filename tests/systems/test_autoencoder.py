@@ -163,6 +163,8 @@ def test_a_grown_autoencoder_takes_over_inner_levels_and_keeps_to_their_latents(
             found, expected = found[name], expected[name]
         np.testing.assert_array_equal(found, expected)
     assert trainable["encoder"]["conv_in"]["kernel"].shape[-1] == 6
+    ours, theirs = (tree["decoder"]["conv_in"]["kernel"] for tree in (trainable, frozen["anchor"]))
+    assert ours.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()  # the train step gives up that of `ours`
     small = random_batch(2)
     batch = {"image": small["image"].repeat(2, axis=1).repeat(2, axis=2), "position": np.arange(2)}
     seen = more.predict(trainable, frozen, batch, KEY)

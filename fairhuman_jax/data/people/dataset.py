@@ -67,13 +67,13 @@ class PeopleDataset:
         if not -self.length <= i < self.length:
             raise IndexError(f"PeopleDataset: index {i} outside a set of {self.length} samples")
         number = self.start + i % self.length
-        spec = sample_spec(self.seed, number, self._framing(number))
+        spec = sample_spec(self.seed, number, self.framing_of(number))
         sample = render(PeoplePack.load(), spec, self.size, self.supersample)
         if self.conditioning is None:
             return sample
         return sample | {"conditioning_image": CONDITIONS[self.conditioning](sample)}
 
-    def _framing(self, number: int) -> str | None:
+    def framing_of(self, number: int) -> str | None:
         """The framing of picture `number`, drawn from a stream of its own; None leaves it to the spec."""
         if not self.framings:
             return self.framing
