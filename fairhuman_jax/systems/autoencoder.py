@@ -14,7 +14,6 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fairhuman_jax.losses import halved, pyramid_loss
@@ -215,8 +214,8 @@ def grown(params: PyTree, start: PyTree, levels: int) -> PyTree:
     The encoder's level i + levels takes over level i; the decoder's levels keep their numbers. The doublings of size
     that the decoder gains begin as plain repetition of pixels, plus their own random start times 0.3.
     """
-    new, old = (flatten_dict(unfreeze(tree)) for tree in (params, start))
-    result = {}
+    new, old = (cast(dict[tuple[str, ...], jax.Array], flatten_dict(tree)) for tree in (params, start))
+    result: dict[tuple[str, ...], jax.Array] = {}
     for path, leaf in new.items():
         source = path
         if path[0] == "encoder" and path[1].startswith(DOWN):
@@ -224,7 +223,7 @@ def grown(params: PyTree, start: PyTree, levels: int) -> PyTree:
         if source in old and old[source].shape == leaf.shape:
             leaf = jnp.array(old[source], jnp.float32)  # a copy: the train step gives up the memory of trainables
         elif path[0] == "decoder" and "upsamplers.0" in path and leaf.ndim == 4:
-            leaf = 0.3 * leaf + jnp.zeros_like(leaf).at[1, 1].set(jnp.eye(*leaf.shape[2:]))
+            leaf = 0.3 * leaf + jnp.zeros_like(leaf).at[1, 1].set(jnp.eye(leaf.shape[2], leaf.shape[3]))
         result[path] = leaf
     return unflatten_dict(result)
 
