@@ -23,7 +23,7 @@ FRAMINGS = (
 VAE = {
     "in_channels": 3,
     "out_channels": 3,
-    "latent_channels": 8,
+    "latent_channels": 16,
     "block_out_channels": [8, 24, 48, 96],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,

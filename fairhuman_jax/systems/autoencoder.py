@@ -71,10 +71,10 @@ class AutoencoderConfig:
             return Autoencoder(vae=vae, config=self)
         start, params = load_model(self.start, dtype="float32")
         start = cast(AutoencoderKL, start)
-        if start.config["latent_channels"] != vae.config["latent_channels"] or start.downscale > vae.downscale:
+        if start.config["latent_channels"] > vae.config["latent_channels"] or start.downscale > vae.downscale:
             raise ValueError(
                 f"system.start={self.start} has {start.config['latent_channels']} latent channels and reduces pictures "
-                f"by {start.downscale}; expected {vae.config['latent_channels']} and at most {vae.downscale}"
+                f"by {start.downscale}; expected at most {vae.config['latent_channels']} and {vae.downscale}"
             )
         return Autoencoder(vae=vae, config=self, start=start, start_params=params)
 
@@ -131,7 +131,8 @@ class Autoencoder:
         mean, logvar = prediction["mean"], prediction["logvar"]
         loss = loss + config.kl_weight * 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
         if "anchor" in prediction:
-            loss = loss + config.anchor_weight * jnp.mean(jnp.square(mean - prediction["anchor"]))
+            anchor = prediction["anchor"]
+            loss = loss + config.anchor_weight * jnp.mean(jnp.square(mean[..., : anchor.shape[-1]] - anchor))
         return {"reconstruction": loss}
 
     def sample(self, trainable: PyTree, frozen: PyTree, request: jax.Array, key: jax.Array) -> jax.Array:
@@ -208,11 +209,12 @@ def cropped(x: jax.Array, corner: jax.Array, side: int) -> jax.Array:
 
 
 def grown(params: PyTree, start: PyTree, levels: int) -> PyTree:
-    """`params` of an autoencoder, with those of `start`, which has `levels` levels fewer at its outer end, where the
-    shapes are the same.
+    """`params` of an autoencoder, with those of `start` in them, which has `levels` levels fewer at its outer end and
+    as many latent channels or fewer.
 
-    The encoder's level i + levels takes over level i; the decoder's levels keep their numbers. The doublings of size
-    that the decoder gains begin as plain repetition of pixels, plus their own random start times 0.3.
+    The encoder's level i + levels takes over level i; the decoder's levels keep their numbers. Leaves of other shapes
+    stay as they are, except: what the decoder gains to double sizes begins as plain repetition of pixels, plus its own
+    random start times 0.3; further latent channels begin as random features that hardly reach the decoder.
     """
     new, old = (cast(dict[tuple[str, ...], jax.Array], flatten_dict(tree)) for tree in (params, start))
     result: dict[tuple[str, ...], jax.Array] = {}
@@ -222,10 +224,55 @@ def grown(params: PyTree, start: PyTree, levels: int) -> PyTree:
             source = (path[0], f"{DOWN}{int(path[1].removeprefix(DOWN)) - levels}", *path[2:])
         if source in old and old[source].shape == leaf.shape:
             leaf = jnp.array(old[source], jnp.float32)  # a copy: the train step gives up the memory of trainables
+        elif source in old and path[:-1] in LATENT_LAYERS:
+            leaf = LATENT_LAYERS[path[:-1]](leaf, jnp.asarray(old[source], jnp.float32))
         elif path[0] == "decoder" and "upsamplers.0" in path and leaf.ndim == 4:
             leaf = 0.3 * leaf + jnp.zeros_like(leaf).at[1, 1].set(jnp.eye(leaf.shape[2], leaf.shape[3]))
         result[path] = leaf
     return unflatten_dict(result)
+
+
+def _more_moments(leaf: jax.Array, old: jax.Array) -> jax.Array:
+    """Last layer of the encoder, outputs [..., 2 C]: the first 2 c are the old ones."""
+    return leaf.at[..., : old.shape[-1]].set(old)
+
+
+def _more_quantised(leaf: jax.Array, old: jax.Array) -> jax.Array:
+    """The 1 x 1 layer behind it, outputs [..., C means and C log-variances]: further means are the further inputs, and
+    further log-variances begin at -4."""
+    wide, narrow = leaf.shape[-1] // 2, old.shape[-1] // 2
+    blank = jnp.zeros_like(leaf)
+    if leaf.ndim == 1:
+        return (
+            blank.at[wide + narrow :].set(-4.0).at[:narrow].set(old[:narrow]).at[wide : wide + narrow].set(old[narrow:])
+        )
+    blank = blank.at[..., : 2 * narrow, :narrow].set(old[..., :narrow])
+    blank = blank.at[..., : 2 * narrow, wide : wide + narrow].set(old[..., narrow:])
+    further = jnp.arange(wide - narrow)
+    return blank.at[..., 2 * narrow + further, narrow + further].set(1.0)
+
+
+def _more_unquantised(leaf: jax.Array, old: jax.Array) -> jax.Array:
+    """The 1 x 1 layer before the decoder: further channels pass."""
+    narrow = old.shape[-1]
+    if leaf.ndim == 1:
+        return jnp.zeros_like(leaf).at[:narrow].set(old)
+    blank = jnp.zeros_like(leaf).at[..., :narrow, :narrow].set(old)
+    further = jnp.arange(narrow, leaf.shape[-1])
+    return blank.at[..., further, further].set(1.0)
+
+
+def _more_inputs(leaf: jax.Array, old: jax.Array) -> jax.Array:
+    """First layer of the decoder, inputs [..., C, W]: the first c are the old ones, the others a tenth of random."""
+    return (0.1 * leaf).at[..., : old.shape[-2], :].set(old)
+
+
+LATENT_LAYERS: dict[tuple[str, ...], Callable[[jax.Array, jax.Array], jax.Array]] = {
+    ("encoder", "conv_out"): _more_moments,
+    ("quant_conv",): _more_quantised,
+    ("post_quant_conv",): _more_unquantised,
+    ("decoder", "conv_in"): _more_inputs,
+}
 
 
 def _pixels(image: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +22,10 @@ from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
 from fairhuman_jax.systems.contract import Batch
 from fairhuman_jax.systems.latent_diffusion import LatentDiffusion, SampleRequest
 from fairhuman_jax.systems.pipelines import open_pipeline, trained
-from fairhuman_jax.weights import Pipeline, load_model, load_tokenizer, save_pipeline
+from fairhuman_jax.weights import Pipeline, expected_params, load_model, load_tokenizer, save_pipeline
 
 PyTree = Any
+CHANNELS = ("in_channels", "out_channels")  # of the latents
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class TextToImageConfig:
     """A base model from nothing but a trained autoencoder and a tokenizer.
 
     vae, tokenizer: folders; unet, text_encoder, scheduler: configs in diffusers' and transformers' keys; start: a
-    pipeline folder (or "people") whose denoiser and text encoder to train on from, None for random ones; snr_gamma:
-    min-SNR weighting, or None.
+    pipeline folder (or "people") whose denoiser and text encoder to train on from, None for random ones; its latents
+    may have fewer channels, which are then the first of these; snr_gamma: min-SNR weighting, or None.
     """
 
     vae: str
@@ -60,7 +62,8 @@ class TextToImageConfig:
         return TextToImage(pipeline=self._started(pipeline), config=self)
 
     def _started(self, pipeline: Pipeline) -> Pipeline:
-        """With the parameters of `start`, whose networks must be those of this configuration."""
+        """With the parameters of `start`, whose networks must be those of this configuration; further channels of the
+        latents have no effect at first, and the denoiser gives zeros for them."""
         if self.start is None:
             return pipeline
         start = open_pipeline(self.start)
@@ -68,10 +71,22 @@ class TextToImageConfig:
             ("unet", pipeline.unet, start.unet),
             ("text_encoder", pipeline.text_encoders[0], start.text_encoders[0]),
         ):
-            if ours.to_config() != theirs.to_config():
+            mine, other = ours.to_config(), theirs.to_config()
+            fewer = {key: other[key] for key in CHANNELS if key in other and other[key] <= mine[key]}
+            if mine | fewer != other:
                 raise ValueError(f"system.start={self.start}: its {name} has another config than this run's")
         trained = {name: start.params[name] for name in ("unet", "text_encoder")}
+        trained["unet"] = widened(trained["unet"], pipeline.unet)
         return replace(pipeline, params=pipeline.params | trained)
+
+
+def widened(params: PyTree, network: nn.Module) -> PyTree:
+    """`params` with zeros at the end of each axis that is longer in `network`."""
+
+    def fill(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.pad(leaf, [(0, more - less) for more, less in zip(wanted.shape, leaf.shape, strict=True)])
+
+    return jax.tree.map(fill, params, expected_params(network))
 
 
 @dataclass(frozen=True, eq=False)

@@ -174,9 +174,29 @@ def test_a_grown_autoencoder_takes_over_inner_levels_and_keeps_to_their_latents(
     loss = float(more.objectives(seen | exact, batch)["reconstruction"])
     assert loss == pytest.approx(0.5 * float(jnp.mean(jnp.square(seen["mean"] - anchor))), rel=1e-4)
     with pytest.raises(ValueError, match="latent channels"):
-        AutoencoderConfig(vae=wide | {"latent_channels": 8}, start=str(folder)).build()
+        AutoencoderConfig(vae=wide | {"latent_channels": 3}, start=str(folder)).build()
     plain = grown(run[0], run[0], 0)
     np.testing.assert_array_equal(plain["decoder"]["conv_in"]["kernel"], run[0]["decoder"]["conv_in"]["kernel"])
+
+
+def test_further_latent_channels_leave_the_others_and_nearly_the_picture(system, run, tmp_path):
+    folder = system.export(run[0], {}, tmp_path / "vae", random_batch(4))
+    more = AutoencoderConfig(
+        vae=VAE | {"latent_channels": 6}, start=str(folder), anchor_weight=1.0, kl_weight=0.0
+    ).build()
+    trainable, frozen = more.init(KEY)
+    _, old = load_model(folder, dtype="float32")
+    batch = random_batch(2)
+    found, expected = more.predict(trainable, frozen, batch, KEY), system.predict(old, {}, batch, KEY)
+    for name in ("mean", "logvar"):
+        np.testing.assert_allclose(found[name][..., :4], expected[name], atol=1e-5)
+    assert float(jnp.std(found["mean"][..., 4:])) > 0.01
+    np.testing.assert_allclose(found["logvar"][..., 4:], -4.0, atol=1e-5)
+    pictures = (part.sample(tree, {}, batch["image"], KEY) for part, tree in ((more, trainable), (system, old)))
+    difference = jnp.abs(next(pictures) - next(pictures))
+    assert 0.0 < float(difference.mean()) < 0.1
+    exact = found | {"image": batch["image"] / 127.5 - 1.0}
+    assert float(more.objectives(exact, batch)["reconstruction"]) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_pyramid_loss_sees_an_edge_in_the_finest_band_alone():
