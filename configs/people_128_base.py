@@ -1,8 +1,6 @@
 """The 128-px base: draws people of 128 px from captions, in diffusers' layout. It goes on from the 64-px base.
 
-python train.py configs/people_128_vae.py and its second phase (docs/people_128.md), then
-python encode.py configs/people_128_base.py runs/people_128_latents --no-text
-python train.py configs/people_128_base.py --set data.folder=runs/people_128_latents
+python train.py configs/people_128_base.py, after the autoencoder (configs/people_128_vae.py, docs/people_128.md)
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ FRAMINGS = (
 )
 UNET = {
     "sample_size": 16,
-    "in_channels": 8,
-    "out_channels": 8,
+    "in_channels": 16,
+    "out_channels": 16,
     "block_out_channels": [64, 128, 192],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
@@ -95,7 +93,7 @@ def config() -> RunConfig:
             cache_latents=True,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=5e-4, schedule="cosine", warmup_steps=50, final_fraction=0.05, b2=0.99, weight_decay=0.01
+            learning_rate=8e-4, schedule="cosine", warmup_steps=50, final_fraction=0.05, b2=0.99, weight_decay=0.01
         ),
         train=TrainConfig(
             steps=1_200, batch_size=32, ema_decay=0.99, log_every=10, validate_every=200, checkpoint_every=100

@@ -1,9 +1,10 @@
-"""The autoencoder of the 128-px base: people of 128 px to 16 x 16 x 8 latents.
+"""The autoencoder of the 128-px base: people of 128 px to 16 x 16 x 16 latents.
 
-It grows out of the 64-px autoencoder: one level more at the outer end, the inner levels taken over, and latents that
-stay near those of the 64-px one, so that its denoiser remains a start too. Two phases:
-python train.py configs/people_128_vae.py
-python train.py configs/people_128_vae.py --set system.start=runs/people_128_vae/export ... (docs/people_128.md)
+It grows out of the 64-px autoencoder: one level more at the outer end, the inner levels taken over, and latents whose
+first eight channels stay near those of the 64-px one, so that its denoiser remains a start too. Two phases, crops and
+whole pictures; the second one:
+python train.py configs/people_128_vae.py --set system.start=runs/people_128_vae/export --set system.crop=0 \\
+    --set system.anchor_weight=0.1 --set train.batch_size=8 --set train.steps=900 --set output=runs/people_128_vae_whole
 """
 
 from __future__ import annotations
