@@ -85,18 +85,26 @@ class CachedArrays:
 
 
 def cached_people(
-    size: int, length: int, seed: int, start: int = 0, conditioning: str | None = None, keypoints: bool = False
+    size: int,
+    length: int,
+    seed: int,
+    start: int = 0,
+    conditioning: str | None = None,
+    keypoints: bool = False,
+    framings: tuple[tuple[str, float], ...] = (),
 ) -> CachedSource:
     """People-world samples `start` to `start + length`, from the user's cache folder or rendered into it; with control
     images of the style `conditioning`, and with `keypoints` = {"coco17": float32 [1, 17, 3]}, the person's joints as
-    `conditions.detected_points` gives them.
+    `conditions.detected_points` gives them. `framings` = ((name, share), ...) takes the place of the palette's mix.
 
     The folder's name covers the arguments and the renderer's own source, so a changed renderer draws anew. The folder
     appears whole or not at all. FAIRHUMAN_CACHE names another place for it. Raises: OSError for no room or no right to
     write.
     """
-    source = PeopleDataset(size, length, seed, start=start, conditioning=conditioning)
+    source = PeopleDataset(size, length, seed, start=start, conditioning=conditioning, framings=framings)
     layers = (f"-{conditioning}" if conditioning else "") + ("-keypoints" if keypoints else "")
+    if source.framings:
+        layers += f"-mix{hashlib.sha256(json.dumps(source.framings).encode()).hexdigest()[:8]}"
     name = f"people-{size}px-seed{seed}-{start}+{length}{layers}"
     return CachedSource(_kept(source, name, functools.partial(_rows, keypoints=keypoints)))
 

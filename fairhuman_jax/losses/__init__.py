@@ -9,6 +9,7 @@ from fairhuman_jax.losses.fairness import COMBINERS, Combiner, fair_combine, mak
 from fairhuman_jax.losses.gram import active_tasks, combine_weighted, gradient_scale, gram_matrix
 from fairhuman_jax.losses.heatmap import heatmap_mask, heatmap_weight, humansd_loss
 from fairhuman_jax.losses.localization import localization_loss, object_mask, object_masked_loss
+from fairhuman_jax.losses.pyramid import halved, pyramid_loss
 from fairhuman_jax.losses.regions import latent_mask, region_losses
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "fair_combine",
     "gradient_scale",
     "gram_matrix",
+    "halved",
     "heatmap_mask",
     "heatmap_weight",
     "humansd_loss",
@@ -31,6 +33,7 @@ __all__ = [
     "mpd_weights",
     "object_mask",
     "object_masked_loss",
+    "pyramid_loss",
     "region_losses",
     "x0_weight",
 ]

@@ -83,7 +83,12 @@ def open_source(config: DataConfig) -> Source:
             )
         drawn = None if config.conditioning == "humansd" else config.conditioning  # those come with the crop
         return cached_people(
-            config.resolution, total, config.seed, conditioning=drawn, keypoints=_asks_for_poses(config)
+            config.resolution,
+            total,
+            config.seed,
+            conditioning=drawn,
+            keypoints=_asks_for_poses(config),
+            framings=config.framings,
         )
     root = Path(config.folder)
     if config.subjects and not (root / SPLITS["train"]).is_file():

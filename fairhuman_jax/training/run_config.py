@@ -35,6 +35,10 @@ class DataConfig:
     ] = None
     length: Annotated[int, "number of training samples of the people world, rendered on first use and kept"] = 2048
     seed: Annotated[int, "seed of the people world"] = 0
+    framings: Annotated[
+        tuple[tuple[str, float], ...],
+        'framings of the people world and their shares, as (("portrait", 0.3),); () is its mix',
+    ] = ()
     conditioning: Annotated[
         Literal["fairhuman", "humansd"] | None,
         "control images to draw: fairhuman (skeleton, face points, hand depth; people world) or humansd (skeletons; "

@@ -60,6 +60,31 @@ def test_conditions_are_kept_in_a_folder_of_their_own(root):
     assert len(list(root.glob("people-24px-seed5-10+3-fairhuman-*"))) == 1
 
 
+def test_framings_follow_their_shares_and_are_kept_in_a_folder_of_their_own(root):
+    size, _, seed, start = ARGUMENTS
+    shares = (("portrait", 3.0), ("full body", 0.0), ("close-up of a hand", 1.0))
+    drawn = PeopleDataset(size, 400, seed, start=start, framings=shares)
+    assert PeopleDataset(size, 400, seed, start=start, framings=((shares[0][0], 3), *shares[1:])).framings == shares
+    names = [drawn.framing_of(start + index) for index in range(400)]
+    assert set(names) == {"portrait", "close-up of a hand"} and 250 < names.count("portrait") < 350
+    assert names[7:9] == [drawn.framing_of(start + 7), drawn.framing_of(start + 8)]
+    source = cache.cached_people(size, 2, seed, start, framings=shares)
+    assert source[0]["caption"] == drawn[0]["caption"] and ("portrait" in source[0]["caption"]) == (
+        names[0] == "portrait"
+    )
+    assert len(list(root.glob("people-24px-seed5-10+2-mix*"))) == 1
+    assert PeopleDataset(size, 4, seed).framing_of(3) is None
+    for name, share, message in (
+        ("knee", 1.0, "'knee' is not"),
+        ("portrait", -1.0, "below 0"),
+        ("portrait", 0, "least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PeopleDataset(size, 4, seed, framings=((name, share),))
+    with pytest.raises(ValueError, match="exclude each other"):
+        PeopleDataset(size, 4, seed, framing="portrait", framings=shares)
+
+
 def test_joints_are_kept_in_a_folder_of_their_own(root):
     plain = cache.cached_people(*ARGUMENTS)
     source = pickle.loads(pickle.dumps(cache.cached_people(*ARGUMENTS, keypoints=True)))

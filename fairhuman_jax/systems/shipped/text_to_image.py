@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,15 +23,16 @@ from fairhuman_jax.diffusion import NoiseSchedule, snr
 from fairhuman_jax.drawing.requests import SampleRequest, draw_images, preview_request
 from fairhuman_jax.losses import denoising_loss, min_snr_weight
 from fairhuman_jax.models import AutoencoderKL, CLIPText, UNet2DCondition
-from fairhuman_jax.weights import Pipeline, load_model, load_tokenizer, save_pipeline
+from fairhuman_jax.weights import Pipeline, expected_params, load_model, load_tokenizer, save_pipeline
 
 PyTree = Any
+CHANNELS = ("in_channels", "out_channels")  # of the latents
 
 
 @dataclass(frozen=True)
 class TextToImageConfig(SystemConfig):
     """A base model from nothing but a trained autoencoder and a tokenizer; configs have diffusers' and transformers'
-    keys.
+    keys. The latents of `start` may have fewer channels, which are then the first of these.
     """
 
     vae: Annotated[str, "folder of the autoencoder"]
@@ -67,7 +69,8 @@ class TextToImageConfig(SystemConfig):
         return {"system": "text", "base": str(export)}
 
     def _started(self, pipeline: Pipeline) -> Pipeline:
-        """With the parameters of `start`, whose networks must be those of this configuration."""
+        """With the parameters of `start`, whose networks must be those of this configuration; further channels of the
+        latents have no effect at first, and the denoiser gives zeros for them."""
         if self.start is None:
             return pipeline
         start = open_base(self.start)
@@ -75,10 +78,22 @@ class TextToImageConfig(SystemConfig):
             ("unet", pipeline.unet, start.unet),
             ("text_encoder", pipeline.text_encoders[0], start.text_encoders[0]),
         ):
-            if ours.to_config() != theirs.to_config():
+            mine, other = ours.to_config(), theirs.to_config()
+            fewer = {key: other[key] for key in CHANNELS if key in other and other[key] <= mine[key]}
+            if mine | fewer != other:
                 raise ValueError(f"system.start={self.start}: its {name} has another config than this run's")
         trained = {name: start.params[name] for name in ("unet", "text_encoder")}
+        trained["unet"] = widened(trained["unet"], pipeline.unet)
         return replace(pipeline, params=pipeline.params | trained)
+
+
+def widened(params: PyTree, network: nn.Module) -> PyTree:
+    """`params` with zeros at the end of each axis that is longer in `network`."""
+
+    def fill(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.pad(leaf, [(0, more - less) for more, less in zip(wanted.shape, leaf.shape, strict=True)])
+
+    return jax.tree.map(fill, params, expected_params(network))
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,3 +124,18 @@ def test_training_starts_from_another_pipeline(system, run, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(again)} == {jnp.dtype(jnp.float32)}
     with pytest.raises(ValueError, match="its text_encoder has another config"):
         replace(system.config, start=str(tmp_path), text_encoder=clip_config(num_hidden_layers=2)).build()
+
+
+def test_further_channels_of_the_latents_begin_without_effect(system, run, tmp_path):
+    _, trained, _ = run
+    system.export(Parts(trained, {}, {"vae": system.pipeline.params["vae"]}), tmp_path, {})
+    wide = dict(SMALL_UNET) | {"in_channels": 6, "out_channels": 6}
+    again = replace(system.config, start=str(tmp_path), unet=wide).build()
+    params, _ = again.init(KEY)
+    latents, times, text = jax.random.normal(KEY, (2, 8, 8, 6)), jnp.array([10, 500]), jnp.ones((2, 6, 8))
+    found = again.pipeline.unet.apply({"params": params["unet"]}, latents, times, text)
+    expected = system.pipeline.unet.apply({"params": trained["unet"]}, latents[..., :4], times, text)
+    np.testing.assert_allclose(found[..., :4], expected, atol=2e-2)  # parameters were rounded to float16
+    assert float(jnp.abs(found[..., 4:]).max()) == 0.0
+    with pytest.raises(ValueError, match="its unet has another config"):
+        replace(system.config, start=str(tmp_path), unet=dict(SMALL_UNET) | {"in_channels": 3}).build()
