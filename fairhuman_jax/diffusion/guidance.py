@@ -22,9 +22,9 @@ def classifier_free(
     """Guided denoiser: u + guidance (c - u), from one call of `predict` on a batch of 2B.
 
     `predict(latents [2B, ...], timesteps [2B], condition)` gets each example twice in a row, unconditional first;
-    `cond` and `uncond` are pytrees of one structure with leaves [B, ...]. `guidance` is a scalar or [B], may be
-    traced. `rescale` r mixes in the result brought to the standard deviation of c: r g std(c) / std(g) + (1 - r) g
-    (arXiv 2305.08891).
+    `cond` and `uncond` are pytrees of one structure with leaves [B, ...]. `guidance` is a scalar or [B] and may be
+    traced. With g the guided result, `rescale` r returns r g std(c) / std(g) + (1 - r) g, which moves the standard
+    deviation of g towards that of c (arXiv 2305.08891).
     Returns `(latents [B, ...], timesteps [B]) -> fp32 [B, ...]` for `sample`.
     """
     both = joined(uncond, cond)
@@ -46,20 +46,20 @@ def classifier_free(
 
 
 def joined(first: PyTree, second: PyTree) -> PyTree:
-    """Two batches of one structure as one batch of pairs [2B, ...].
+    """Interleave two batches of one structure into one batch of pairs [2B, ...].
 
-    Pairs, not halves: of a batch split over devices every device keeps its own examples.
+    Both members of a pair stay together, so each device keeps its own examples when the batch is split over devices.
     """
     return jax.tree.map(lambda one, other: jnp.stack([one, other], 1).reshape(-1, *one.shape[1:]), first, second)
 
 
 def parted(both: Array) -> tuple[Array, Array]:
-    """The two batches [B, ...] that `joined` made one."""
+    """Split a batch made by `joined` into its two batches [B, ...]."""
     pairs = both.reshape(-1, 2, *both.shape[1:])
     return pairs[:, 0], pairs[:, 1]
 
 
 def per_example(value: float | Array, ndim: int) -> Array:
-    """A scalar or [B] in fp32, shaped to broadcast against a batch of `ndim` axes."""
+    """Convert a scalar or [B] to fp32, shaped to broadcast against a batch of `ndim` axes."""
     value = jnp.asarray(value, jnp.float32)
     return value.reshape(value.shape + (1,) * (ndim - value.ndim)) if value.ndim else value

@@ -1,8 +1,8 @@
 """Linear multistep rules in log SNR: DPM-Solver++ and UniPC.
 
-Both move by x' = keep x + sum_k w_k m_k (+ added z), m_k being the predictions of x_0, newest first. Their weights for
-each order are constants of the step, computed in fp64; the order is the smaller of what the history holds and
-what the table allows. lambda = -log sigma is half the log SNR, h its change over the step.
+Both move by x' = keep x + sum_k w_k m_k (+ added z), m_k being the predictions of x_0, newest first. The weights for
+each order are constants of the step, computed in fp64. The order of a step is the smaller of the number of predictions
+so far and the order in the table. lambda = -log sigma is half the log SNR, h its change over the step.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Array = jax.Array
 
 _MAX_ORDER = 3
 _ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "deis")
-# Below this many steps the last ones fall back to lower orders.
+# In runs of fewer steps than this, the last steps use lower orders.
 _FEW_STEPS = 15
 
 
 @functools.cache
 def dpmpp_2m(karras: bool | None = None, sde: bool | None = None) -> StepRule:
-    """DPM-Solver++ (arXiv 2211.01095), multistep, of order 2 unless the config's `solver_order` says 1 or 3.
+    """DPM-Solver++ (arXiv 2211.01095), multistep, of order 2 unless the config's `solver_order` is 1 or 3.
 
-    First order: x' = (sigma' / sigma) x + a' (1 - e^-h) m_0 in variance-preserving a, sigma; the higher ones add
-    divided differences of the m_k. `karras` and `sde` None follow `use_karras_sigmas` and `algorithm_type`;
-    `solver_type`, `lower_order_final`, `euler_at_final` and `final_sigmas_type` are followed too. Raises: ValueError
-    for other algorithms, learned variance, a finite `lambda_min_clipped`, third order with noise, and epsilon at zero
-    SNR.
+    First order: x' = (sigma' / sigma) x + a' (1 - e^-h) m_0 in variance-preserving a, sigma; higher orders add
+    divided differences of the m_k. `karras` and `sde` default to the config's `use_karras_sigmas` and `algorithm_type`.
+    The rule also follows `solver_type`, `lower_order_final`, `euler_at_final` and `final_sigmas_type`.
+    Raises: ValueError, when its table is built, for other algorithms, learned variance, a finite `lambda_min_clipped`,
+    third order with noise, and epsilon at zero SNR.
     """
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:
@@ -66,11 +66,12 @@ def dpmpp_2m(karras: bool | None = None, sde: bool | None = None) -> StepRule:
 
 @functools.cache
 def unipc(karras: bool | None = None) -> StepRule:
-    """UniPC (arXiv 2302.04867), B(h) variant on x_0: a call first corrects the latents it was made on, then predicts.
+    """UniPC (arXiv 2302.04867), B(h) variant on x_0: each step corrects its latents by the new prediction and moves.
 
-    `karras` None follows `use_karras_sigmas`; `solver_order` 1 to 3 (2), `solver_type` bh1 or bh2 (bh2),
-    `lower_order_final`, `disable_corrector` and `final_sigmas_type` are followed. Raises: ValueError for `predict_x0`
-    false, a `solver_p`, a last step to sigma = 0 in more than first order, and epsilon at zero SNR.
+    `karras` defaults to the config's `use_karras_sigmas`. The rule follows `solver_order` 1 to 3 (default 2),
+    `solver_type` bh1 or bh2 (default bh2), `lower_order_final`, `disable_corrector` and `final_sigmas_type`.
+    Raises: ValueError, when its table is built, for `predict_x0` false, a `solver_p`, a last step to sigma = 0 in more
+    than first order, and epsilon at zero SNR.
     """
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:
@@ -135,7 +136,7 @@ def _check_signal(name: str, schedule: NoiseSchedule, sigmas: np.ndarray) -> Non
 
 
 def _follows_noise(schedule: NoiseSchedule) -> bool:
-    """Whether the config asks for the stochastic form."""
+    """Whether the config selects the stochastic algorithm."""
     algorithm = schedule.option("algorithm_type", "dpmsolver++")
     if algorithm not in _ALGORITHMS:
         raise ValueError(
@@ -160,14 +161,14 @@ def _dpm_orders(schedule: NoiseSchedule, steps: int, order: int) -> np.ndarray:
 
 
 def _dpm_weights(lambdas: np.ndarray, midpoint: bool, noisy: bool) -> np.ndarray:
-    """Weights of m_0, m_1, ... over the new signal level, for lambda ascending up to the step's end: [order]."""
+    """Weights of m_0, m_1, ... divided by the new signal level, [order]; `lambdas` ascend to the end of the step."""
     end, newest, *older = lambdas[::-1]
     h = end - newest
     span = 2.0 * h if noisy else h
     first = -np.expm1(-span)
     if not older:
         return np.array([first])
-    # A step of no length (Karras levels that end at sigma_min) has no higher terms.
+    # A step of length 0 (Karras levels that end at sigma_min) has no higher-order terms.
     second = first / 2.0 if midpoint and len(older) == 1 else (1.0 - first / span if span else 0.0)
     slope = h / (newest - older[0])
     if len(older) == 1:
@@ -196,18 +197,18 @@ def _unipc_terms(lambdas: np.ndarray, exponential: bool) -> tuple[float, float, 
 
 
 def _unip_weights(lambdas: np.ndarray, exponential: bool) -> np.ndarray:
-    """Predictor weights of m_0, m_1, ... over the new signal level: [order]."""
+    """Predictor weights of m_0, m_1, ... divided by the new signal level: [order]."""
     if len(lambdas) == 2:
         return -np.expm1(lambdas[:1] - lambdas[1:])
     first, scale, ratios, rows, sides = _unipc_terms(lambdas, exponential)
-    # Second order takes 1/2 where the equation would give a value that tends to it.
+    # Second order uses 1/2, the limit of the equation's solution for short steps.
     rho = np.array([0.5]) if len(lambdas) == 3 else np.linalg.solve(rows[:-1, :-1], sides[:-1])
     older = -scale * rho / ratios[:-1]
     return np.concatenate([[-first - older.sum()], older])
 
 
 def _unic_weights(lambdas: np.ndarray, exponential: bool) -> np.ndarray:
-    """Corrector weights of the new prediction and of m_0, m_1, ... over its signal level: [order + 1]."""
+    """Corrector weights of the new prediction and of m_0, m_1, ... divided by its signal level: [order + 1]."""
     first, scale, ratios, rows, sides = _unipc_terms(lambdas, exponential)
     rho = np.array([0.5]) if len(lambdas) == 2 else np.linalg.solve(rows, sides)
     new, older = -scale * rho[-1], -scale * rho[:-1] / ratios[:-1]

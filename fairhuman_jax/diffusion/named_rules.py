@@ -1,4 +1,4 @@
-"""Step rules by the names that users give them, and the rule that a scheduler_config.json asks for."""
+"""Step rules by the names that users give them, and the rule of a scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _RULE_OF_CLASS: dict[str, Callable[[], StepRule]] = {
 
 
 def rule_named(name: str) -> StepRule:
-    """The rule of that name in `RULES`; the same object for the same name, so it can be a static argument.
+    """Look up a rule in `RULES`; one name always gives the same object, so a rule can be a static argument.
 
-    What the name leaves open (Karras levels, orders) is read from the schedule's config. Raises: ValueError for an
-    unknown name.
+    The rule reads options that its name does not fix (Karras levels, orders) from the schedule's config.
+    Raises: ValueError for an unknown name.
     """
     if name not in RULES:
         raise ValueError(f"scheduler {name!r} is not known; known: {', '.join(RULES)}")
@@ -44,7 +44,7 @@ def rule_named(name: str) -> StepRule:
 
 
 def rule_of(schedule: NoiseSchedule) -> StepRule:
-    """The rule that the schedule's `_class_name` asks for; it follows the other options of the config.
+    """The rule of the schedule's `_class_name`; it follows the other options of the config.
 
     Raises: ValueError for a class without a rule.
     """

@@ -13,8 +13,8 @@ from fairhuman_jax.diffusion.step_rule import PyTree, Row, StepRule, Table, fp32
 
 Array = jax.Array
 
-# Weights of the newest prediction and the three before it. By the number held before it: Adams-Bashforth of order one
-# to four; last, the average of both ends of the first step, with which that is repeated.
+# Weights of the newest prediction and the three before it. Rows 0 to 3 are Adams-Bashforth of order one to four, for
+# that many earlier predictions. The last row averages both ends of the first step, for its repetition.
 _WEIGHTS = np.array(
     [
         [1.0, 0.0, 0.0, 0.0],
@@ -33,11 +33,12 @@ _MOST_HELD = 3
 def pndm() -> StepRule:
     """PLMS (arXiv 2202.09778, `skip_prk_steps` of diffusers): a transfer step with a mixture of the last predictions.
 
-    x' = sqrt(a' / a) x + (sqrt(1 - a') - sqrt((1 - a) a' / a)) noise, t to t - T // steps. The table has steps + 1
-    rows: the second timestep comes twice, because the second call repeats the first step with the average of both
-    predictions. As in diffusers, a run that starts at row k > 0 repeats its first step too, at the expense of one
-    level. Predictions: epsilon or v. Raises: ValueError for another type, a zero-SNR schedule, and a PNDM config
-    that asks for the Runge-Kutta start (`skip_prk_steps` false, the class's default).
+    x' = sqrt(a' / a) x + (sqrt(1 - a') - sqrt((1 - a) a' / a)) noise, from t to t - T // steps. The table has
+    steps + 1 rows: the second timestep comes twice, because the second call repeats the first step with the average of
+    both predictions. As in diffusers, a run that starts at row k > 0 repeats its first step too and so loses one level.
+    Predictions: epsilon or v.
+    Raises: ValueError, when its table is built, for another prediction type, a zero-SNR schedule, and a PNDM config
+    with the Runge-Kutta start (`skip_prk_steps` false, the class's default).
     """
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:
@@ -68,7 +69,7 @@ def pndm() -> StepRule:
         return jnp.int32(0), latents, jnp.int32(0), (jnp.zeros_like(latents),) * _MOST_HELD
 
     def restart(history: PyTree) -> PyTree:
-        # Which call repeats the first step is a matter of the table, so the calls go on being counted.
+        # The table determines which call repeats the first step, so the count of calls continues.
         calls, first, _, held = history
         return calls, first, jnp.int32(0), held
 
@@ -76,7 +77,7 @@ def pndm() -> StepRule:
 
 
 def _check(schedule: NoiseSchedule) -> None:
-    # A file of another class says nothing about the start; only PNDM's own default is the Runge-Kutta one.
+    # Configs of other classes lack this key; only PNDM's default is the Runge-Kutta start.
     if schedule.option("skip_prk_steps") is False:
         raise ValueError("pndm: skip_prk_steps = False (Runge-Kutta start) is not supported; expected True")
     if schedule.prediction_type == "sample":
@@ -106,7 +107,7 @@ def _step(
     if schedule.prediction_type == "v_prediction":
         mixed = column("signal") * mixed + column("spread") * base
     moved = column("keep") * base + column("gain") * mixed
-    # The repeated step's own prediction is not kept.
+    # The history does not keep the prediction of the repeated step.
     count = jnp.where(repeats, count, jnp.minimum(count + 1, _MOST_HELD))
     held = tuple(jnp.where(repeats, old, new) for old, new in zip(held, (prediction, *held[:-1]), strict=True))
     return moved, (calls + 1, jnp.where(calls == 0, latents, first), count, held)

@@ -1,4 +1,4 @@
-"""What a denoiser predicts (noise, velocity or the clean sample) and conversions between the three."""
+"""Prediction types of a denoiser (noise, velocity, clean sample) and conversions between them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def to_epsilon(schedule: NoiseSchedule, prediction: Array, x_t: Array, t: Array)
 def to_x0_epsilon(
     prediction_type: str, prediction: Array, x_t: Array, signal: Array, spread: Array
 ) -> tuple[Array, Array]:
-    """(x_0, noise) from a prediction, with signal = sqrt(a_t), spread = sqrt(1 - a_t) broadcastable to it; fp32."""
+    """(x_0, noise) from a prediction, with signal = sqrt(a_t), spread = sqrt(1 - a_t), which broadcast to it; fp32."""
     prediction, x_t = prediction.astype(jnp.float32), x_t.astype(jnp.float32)
     if prediction_type == "epsilon":
         return (x_t - spread * prediction) / signal, prediction

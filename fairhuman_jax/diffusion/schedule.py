@@ -18,7 +18,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
 
-# Options that change what a sampler computes and that no rule here follows.
+# Options that would change a sampler's result and that no rule here supports.
 _REFUSED_OPTIONS = (
     "thresholding",
     "use_exponential_sigmas",
@@ -51,11 +51,11 @@ _OWN_FIELDS = ("class_name", "extra", "defaulted")
 class NoiseSchedule:
     """A variance-preserving discrete schedule, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
 
-    Fields carry the names and meanings of diffusers' scheduler_config.json. Hashable and a static pytree: close over it
-    or pass it to a jitted function, the tables become constants. Tables (fp32 numpy [num_train_timesteps], computed
-    in fp64): `alphas_cumprod` a, `signal` sqrt(a), `noise` sqrt(1 - a), `snr` a / (1 - a), `sigma` sqrt((1 - a) / a).
-    `extra` keeps the other keys of the file for `option` and `to_config`; `defaulted` names the fields that the file
-    left to its class.
+    Fields carry the names and meanings of diffusers' scheduler_config.json. A schedule is hashable and a static pytree:
+    close over it or pass it to a jitted function, and its tables become constants. Tables (fp32 numpy
+    [num_train_timesteps], computed in fp64): `alphas_cumprod` a, `signal` sqrt(a), `noise` sqrt(1 - a), `snr`
+    a / (1 - a), `sigma` sqrt((1 - a) / a).
+    Raises: ValueError for an unknown prediction type, spacing or beta schedule, or `trained_betas` of another length.
     """
 
     num_train_timesteps: int = 1000
@@ -71,7 +71,9 @@ class NoiseSchedule:
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
     class_name: str = "DDIMScheduler"
+    # Other keys of the file, for `option` and `to_config`.
     extra: tuple[tuple[str, Any], ...] = ()
+    # Fields that the file left out; they have the defaults of its class.
     defaulted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,7 +92,7 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Build from the content of a scheduler_config.json; absent keys take the defaults of its `_class_name`.
 
-        Raises: ValueError naming the key for a scheduler class or an option that is not supported.
+        Raises: ValueError, which names the key, for an unsupported scheduler class or option.
         """
         config = dict(config)
         class_name = config.pop("_class_name", None)
@@ -110,7 +112,7 @@ class NoiseSchedule:
         if known.get("trained_betas") is not None:
             known["trained_betas"] = tuple(float(beta) for beta in known["trained_betas"])
         extra = tuple(sorted((key, _frozen(value)) for key, value in config.items() if key[0] != "_"))
-        # Without a class the values are nobody's defaults, and no rule changes them.
+        # Without a class name no field counts as a default, so no rule changes one.
         defaulted = tuple(sorted(defaults)) if class_name else ()
         return cls(**known, **defaults, class_name=class_name or "DDIMScheduler", extra=extra, defaulted=defaulted)
 
@@ -129,10 +131,10 @@ class NoiseSchedule:
         }
 
     def for_class(self, class_name: str) -> NoiseSchedule:
-        """The schedule as another scheduler class reads the same file: fields that the file left out take its defaults.
+        """The schedule for another scheduler class: fields that the file left out take that class's defaults.
 
-        `timestep_spacing` and `set_alpha_to_one` differ between classes. `clip_sample` is not switched on by a change
-        of class: clipping to [-1, 1] is meant for pixels, and a file of a class without it describes latents.
+        `timestep_spacing` and `set_alpha_to_one` differ between classes. A change of class does not turn
+        `clip_sample` on: clipping to [-1, 1] is meant for pixels, and files of classes without it describe latents.
         """
         if class_name == self.class_name:
             return self
@@ -140,7 +142,7 @@ class NoiseSchedule:
         return dataclasses.replace(self, class_name=class_name, **defaults)
 
     def option(self, name: str, default: Any = None) -> Any:
-        """A key of the file that is not a field, such as `use_karras_sigmas`; `default` where it is absent."""
+        """A key of the file that is not a field, such as `use_karras_sigmas`; `default` when the key is absent."""
         return dict(self.extra).get(name, default)
 
     @functools.cached_property
@@ -176,11 +178,12 @@ class NoiseSchedule:
 
 
 def timesteps(schedule: NoiseSchedule, steps: int, *, intervals: bool = False) -> np.ndarray:
-    """The `steps` timesteps of a sampling run, int32, descending, by the schedule's spacing and offset.
+    """Timesteps of a sampling run by the schedule's spacing and offset: int32 [steps], descending.
 
     With T training steps: linspace spreads [0, T - 1] evenly; leading takes i * (T // steps) + steps_offset; trailing
     takes T - 1, T - 1 - T / steps, ... With `intervals`, linspace and leading spread steps + 1 points and leave out
-    the last (DPM-Solver, UniPC). Raises: ValueError when `steps` or the offset leaves [0, T - 1].
+    the last (DPM-Solver, UniPC).
+    Raises: ValueError when `steps` is not in 1 .. T, or when the offset moves a timestep beyond T - 1.
     """
     total = schedule.num_train_timesteps
     points = steps + intervals
@@ -231,7 +234,7 @@ def sigma(schedule: NoiseSchedule, t: Array) -> Array:
 def sample_timesteps(key: Array, shape: tuple[int, ...], num: int, mode: str = "uniform") -> Array:
     """Random training timesteps in 0 .. num - 1, int32 of `shape`.
 
-    "uniform", or "cubic": floor((1 - u^3) num), which favours noisy steps, P(t >= num / 2) = 0.5^(1/3).
+    `mode` is "uniform" or "cubic": floor((1 - u^3) num), which favours noisy steps, P(t >= num / 2) = 0.5^(1/3).
     Raises: ValueError for another mode.
     """
     if mode == "uniform":

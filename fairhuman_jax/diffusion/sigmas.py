@@ -1,4 +1,4 @@
-"""Noise levels in the variance-exploding form, sigma = sqrt((1 - a) / a), and where samplers place them."""
+"""Noise levels in the variance-exploding form, sigma = sqrt((1 - a) / a), and their placement in samplers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from fairhuman_jax.diffusion.schedule import NoiseSchedule, timesteps
 
-# Stands for a = 0 where sigma must stay finite: the smallest half-precision number, as in diffusers.
+# Replaces a = 0 where sigma must stay finite: the smallest half-precision number, as in diffusers.
 _SMALLEST_CUMPROD = 2.0**-24
 _KARRAS_RHO = 7.0
 
@@ -39,7 +39,7 @@ def karras_sigmas(largest: float, smallest: float, steps: int) -> np.ndarray:
 def single_step_levels(schedule: NoiseSchedule, steps: int, karras: bool) -> tuple[np.ndarray, np.ndarray]:
     """(timesteps, sigmas), each [steps], of the Euler rules: linspace and Karras timesteps are fractional.
 
-    Karras levels run between the ends of the spaced ones.
+    Karras levels run from the first to the last level of the schedule's spacing.
     """
     total, levels = schedule.num_train_timesteps, sigma_table(schedule)
     times = timesteps(schedule, steps)
@@ -57,7 +57,7 @@ def multistep_levels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(timesteps int, sigmas), each [steps], of DPM-Solver and UniPC: the last of steps + 1 points is left out.
 
-    Karras levels run over the whole table and the denoiser gets the nearest timestep, with `truncated` the one below.
+    Karras levels run over the whole table; the denoiser gets the nearest timestep, or with `truncated` the one below.
     """
     levels = sigma_table(schedule)
     times = timesteps(schedule, steps, intervals=True)

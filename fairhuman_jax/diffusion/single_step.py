@@ -20,7 +20,8 @@ Array = jax.Array
 def ddim(eta: float = 0.0) -> StepRule:
     """DDIM (arXiv 2010.02502): x' = sqrt(a') x_0 + sqrt(1 - a' - s^2) noise + s z, s = eta sqrt(variance).
 
-    The step goes from t to t - T // steps, as in diffusers, for every spacing. `clip_sample` is followed.
+    The step goes from t to t - T // steps, as in diffusers, for every spacing. The rule follows `clip_sample`.
+    Raises: ValueError, when its table is built, for epsilon at zero SNR.
     """
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:
@@ -32,12 +33,13 @@ def ddim(eta: float = 0.0) -> StepRule:
 
 @functools.cache
 def ddim_humansd() -> StepRule:
-    """DDIM as HumanSD's scripts run it: steps - 1 steps, the noisiest of the table is left out.
+    """DDIM as HumanSD's scripts run it: it leaves out the noisiest entry of the table and takes steps - 1 steps.
 
-    The table is 1, 1 + T // steps, 1 + 2 (T // steps), ...; where T // steps is rounded down it is longer than steps,
-    and all from entry steps - 1 on are left out. With 50 of 1000: 49 steps, from 961 to 1. `timestep_spacing` and
-    `steps_offset` are not followed. Raises: ValueError for steps whose table reaches T (3, 9, 27, 36, 37 and some above
-    100, of 1000), which its sampler cannot index, and for 1, which takes no step.
+    The table is 1, 1 + T // steps, 1 + 2 (T // steps), ...; when T // steps is rounded down, it is longer than `steps`,
+    and all entries from number steps - 1 on are left out. 50 of 1000 gives 49 steps, from timestep 961 to 1. The rule
+    ignores `timestep_spacing` and `steps_offset`.
+    Raises: ValueError, when its table is built, for a number of steps whose table reaches T (3, 9, 27, 36, 37 and some
+    above 100, of 1000), which HumanSD's sampler cannot index, and for 1, which takes no step.
     Source: HumanSD, scripts/pose2img.py and ldm/models/diffusion/ddim.py.
     """
 
@@ -61,8 +63,8 @@ def ddim_humansd() -> StepRule:
 def ddpm() -> StepRule:
     """Ancestral sampling from the posterior q(x' | x, x_0) (arXiv 2006.11239), variance beta (1 - a') / (1 - a).
 
-    On leading timesteps the same as `ddim(1.0)` with `set_alpha_to_one`. Raises: ValueError for a `variance_type` other
-    than fixed_small.
+    With leading timesteps it equals `ddim(1.0)` with `set_alpha_to_one`.
+    Raises: ValueError, when its table is built, for a `variance_type` other than fixed_small and epsilon at zero SNR.
     """
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:
@@ -77,7 +79,7 @@ def ddpm() -> StepRule:
 
 
 def _transitions_between(schedule: NoiseSchedule, times: np.ndarray, before: np.ndarray, eta: float) -> Table:
-    """Columns of the steps from `times` to `before`; below zero lies what `set_alpha_to_one` says."""
+    """Columns of the steps from `times` to `before`; `set_alpha_to_one` sets the level below timestep 0."""
     cumprod = schedule.alphas_cumprod64
     final = 1.0 if schedule.set_alpha_to_one else cumprod[0]
     return _transitions(schedule, times, np.where(before >= 0, cumprod[np.maximum(before, 0)], final), eta)
@@ -104,7 +106,7 @@ def _posterior_step(
     x0, epsilon = to_x0_epsilon(schedule.prediction_type, prediction, latents, row["signal"], row["spread"])
     if schedule.clip_sample:
         x0 = jnp.clip(x0, -schedule.clip_sample_range, schedule.clip_sample_range)
-        # The posterior's mean is that of the clipped x_0; DDIM keeps the direction that was predicted.
+        # DDPM takes the posterior's mean for the clipped x_0; DDIM keeps the predicted direction.
         if schedule.class_name == "DDPMScheduler":
             epsilon = (latents - row["signal"] * x0) / row["spread"]
     moved = row["next_signal"] * x0 + row["next_spread"] * epsilon
@@ -115,8 +117,10 @@ def _posterior_step(
 def euler(karras: bool | None = None) -> StepRule:
     """Euler's method on dx / d sigma = noise(x) in the variance-exploding form: x' = x + (sigma' - sigma) noise.
 
-    `karras` None follows `use_karras_sigmas`; `final_sigmas_type` is followed. A zero-SNR schedule starts at
-    sigma = 4096. Raises: ValueError for an `interpolation_type` other than linear or continuous timesteps.
+    `karras` defaults to the config's `use_karras_sigmas`; the rule follows `final_sigmas_type`. A zero-SNR schedule
+    starts at sigma = 4096.
+    Raises: ValueError, when its table is built, for an `interpolation_type` other than linear and for continuous
+    timesteps.
     """
 
     def table(schedule: NoiseSchedule, steps: int) -> Table:
@@ -133,7 +137,7 @@ def euler(karras: bool | None = None) -> StepRule:
 
 @functools.cache
 def euler_ancestral() -> StepRule:
-    """Ancestral Euler in the variance-exploding form: to sigma_down, then noise of sigma_up back to the next sigma.
+    """Ancestral Euler in the variance-exploding form: step to sigma_down, then add noise of sigma_up.
 
     sigma_up^2 = sigma'^2 (sigma^2 - sigma'^2) / sigma^2, sigma_down^2 = sigma'^2 - sigma_up^2. The result at
     sigma = 0 is x_0. A zero-SNR schedule starts at sigma = 4096.
@@ -163,7 +167,7 @@ def _euler_step(
     x0, epsilon = to_x0_epsilon(
         schedule.prediction_type, prediction, latents / scale, 1.0 / scale, row["spread"] / scale
     )
-    # Equal in exact arithmetic; each is the one that does not subtract large numbers from sigma = 4096.
+    # Both forms are equal in exact arithmetic; each avoids subtracting large numbers at sigma = 4096.
     if schedule.prediction_type == "epsilon":
         moved = latents + (row["end"] - row["spread"]) * epsilon
     else:
@@ -176,6 +180,6 @@ def _unit_variance(latents: Array, row: Row) -> Array:
 
 
 def _noise_start(schedule: NoiseSchedule, table: Table) -> float:
-    # A run that starts below the last timestep meets signal as well as noise in its first latents.
+    # Leading spacing starts below the last timestep, where latents contain signal as well as noise.
     leading = schedule.timestep_spacing == "leading"
     return float(np.sqrt(table["spread"][0] ** 2 + leading))

@@ -1,7 +1,7 @@
-"""Saliency-adaptive noise fusion: each latent pixel takes the guided prediction of the model that cares more for it.
+"""Saliency-adaptive noise fusion: each latent pixel takes the guided prediction of the model with the higher saliency.
 
-Training free. Source: Face-diffuser (CVPR 2024, arXiv 2311.10329), facediffuser/pipeline.py, after MagicFusion (ICCV
-2023), which has the gains. As published: fp16 throughout, 64 x 64 latents alone.
+It needs no training. Source: Face-diffuser (CVPR 2024, arXiv 2311.10329), facediffuser/pipeline.py, after MagicFusion
+(ICCV 2023), which introduced the gains. The published code computes in fp16 and takes 64 x 64 latents only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fairhuman_jax.diffusion.guidance import per_example
 Array = jax.Array
 
 _WINDOW = 4
-_EXACT = jax.lax.Precision.HIGHEST  # differences of 1e-5 decide about pixels
+_EXACT = jax.lax.Precision.HIGHEST  # differences of 1e-5 decide which model a pixel takes
 
 
 def snf_saliency(resp: Array) -> Array:
-    """m = mean over channels of Sm(|resp|): how strongly a model answers its condition about each pixel.
+    """m = mean over channels of Sm(|resp|): how strongly a model responds to its condition at each pixel.
 
-    Sm: means over 4 x 4 pixels, from one before to two after, with zeros outside the picture counted; then bilinear
+    Sm: means over 4 x 4 pixels, from one before to two after, including zeros outside the picture; then bilinear
     from (h - 1, w - 1) back to (h, w) with half-pixel centres. It commutes with mirroring; a constant field loses a
     quarter at edges and 7/16 in corners. `resp` [B, h, w, C], any float dtype. Returns fp32 [B, h, w].
     Raises: ValueError for a side below 2.
@@ -49,13 +49,13 @@ def snf_fuse(
     over the pixels of a picture, M = [log Omega_S > log Omega_T]: a tie goes to T. Identical responses give E_T
     everywhere, and M is never S everywhere. A scale above one also sharpens Omega.
     Args: predictions [B, h, w, C] on the same latents, epsilon or v; scales and gains: scalars or [B], may be traced,
-    `scale_s` None is `scale_t`. `per_channel`: a map, and so a mask, for each channel. `temperature` tau > 0 blends
+    `scale_s` None means `scale_t`. `per_channel`: one map and one mask per channel. `temperature` tau > 0 blends
     instead: E = E_T + M (E_S - E_T), M = sigmoid((log Omega_S - log Omega_T) / tau), which is Omega_S / (Omega_S +
-    Omega_T) at tau = 1; None or 0 is the published hard mask, through which no gradient passes. It may be traced if it
-    is above 0.
-    Returns (E fp32 [B, h, w, C], M bool [B, h, w], fp32 where it blends, m_T, m_S fp32 [B, h, w]); M and m are
-    [B, h, w, C] with `per_channel`. Raises: ValueError for predictions that differ in shape, a side below 2, or a
-    negative temperature.
+    Omega_T) at tau = 1; None or 0 is the published hard mask, through which no gradient passes. A traced
+    temperature must be above 0.
+    Returns (E fp32 [B, h, w, C], M bool [B, h, w], or fp32 with a temperature, m_T, m_S fp32 [B, h, w]); M and m are
+    [B, h, w, C] with `per_channel`.
+    Raises: ValueError for predictions that differ in shape, a side below 2, or a negative temperature.
     """
     shapes = [tuple(prediction.shape) for prediction in (e_t_uncond, e_t_cond, e_s_base, e_s_cond)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 4:
@@ -86,7 +86,7 @@ def _log_softmax(saliency: Array, gain: float | Array) -> Array:
 
 
 def _smoothed(field: Array) -> Array:
-    """Sm on the axes 1 and 2 of [B, h, w, ...]; it is separable and linear."""
+    """Apply Sm, which is separable and linear, to the axes 1 and 2 of [B, h, w, ...]."""
     height, width = field.shape[1:3]
     if min(height, width) < 2:
         raise ValueError(f"snf_saliency: responses are {height}x{width}; expected 2x2 or more")

@@ -1,4 +1,4 @@
-"""Alpha-fair weights: a damped Newton solver of their equation on a diagonally scaled Gram matrix."""
+"""Alpha-fair weights, solved by a damped Newton method on a diagonally scaled Gram matrix."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ TRACED_ALPHA_STAGES = 5
 def mpd_weights(gram: Array, alpha: float | Array = 2.0, priority: Array | None = None) -> Array:
     """Weights of the alpha-fair direction; alpha = 2 is the minimum-potential-delay (MPD) rule.
 
-    Solves (G w)_i = (p_i / w_i)^(1/alpha), w > 0, over the tasks with a nonzero gradient; the others get w_i = 0.
-    alpha = 0 gives w = p (uniform), 1 proportional fairness, large alpha approaches max-min.
+    Solves (G w)_i = (p_i / w_i)^(1/alpha), w > 0, over the tasks with a nonzero gradient; other tasks get w_i = 0.
+    alpha = 0 gives w = p (uniform), 1 gives proportional fairness, a large alpha approaches max-min.
 
     Args: `gram` [K, K] = J J^T, fp32 or fp64 (lower precisions are read as fp32); `alpha` >= 0, scalar, may be traced;
     `priority` [K] > 0, default ones.
     Returns w [K], in the dtype of the computation; all zero when `gram` holds an inf or NaN.
     Limits: w scales as gram^(-alpha/(alpha+1)) and is clipped to the largest finite number of its dtype; a task
     with G_ii <= 2^-46 max_j G_jj is inactive. Exactly opposed gradients have no finite solution: a ridge of one
-    machine epsilon on the cosine matrix bounds their weights, and they cancel. First derivatives are
-    the implicit ones; higher derivatives are not defined. Checked for alpha in [0.1, 100]; from about 10 on, weights
+    machine epsilon on the cosine matrix bounds their weights, and they cancel. First derivatives come from implicit
+    differentiation; higher derivatives are not defined. Checked for alpha in [0.1, 100]; from about 10 on, weights
     of tasks far from the worst one may be floored near zero.
+    Raises: ValueError for a Gram matrix that is not square, an alpha that is negative or not finite, or a priority
+    without K entries.
     Source: FairHuman (arXiv 2507.02714); FairGrad (arXiv 2402.15638).
     """
     gram = as_float(gram)
@@ -45,7 +47,7 @@ def mpd_weights(gram: Array, alpha: float | Array = 2.0, priority: Array | None 
     gram = jnp.where(finite, gram, jnp.eye(gram.shape[0], dtype=gram.dtype))
     active = active_tasks(gram)
 
-    # The common scale c is taken out before any power: w(G) = c^(-alpha/(alpha+1)) w(G / c), for every c.
+    # Divide by the common scale c before any power is taken: w(G) = c^(-alpha/(alpha+1)) w(G / c), for every c.
     tiny = jnp.finfo(gram.dtype).tiny
     common = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.diagonal(gram)), tiny))
     weights = solve_alpha_fair(gram / common, active, alpha, priority)
@@ -56,7 +58,7 @@ def mpd_weights(gram: Array, alpha: float | Array = 2.0, priority: Array | None 
 
 
 def check_alpha(alpha: float | Array) -> None:
-    """Raise ValueError unless `alpha` is traced or a finite number >= 0."""
+    """Check an exponent. Raises: ValueError unless `alpha` is traced or a finite number >= 0."""
     if not isinstance(alpha, jax.core.Tracer) and not 0.0 <= float(alpha) < float("inf"):
         raise ValueError(f"alpha is {alpha}; expected a finite number >= 0 (0 uniform, 1 proportional, 2 MPD)")
 
@@ -65,8 +67,8 @@ def solve_alpha_fair(gram: Array, active: Array, alpha: float | Array, priority:
     """Solve (G w)_i = (p_i / w_i)^(1/alpha), w > 0, over the active tasks.
 
     With s_i = p_i^(1/(alpha+1)) G_ii^(-alpha/(alpha+1)) and w = s v the equation is K v = v^(-1/alpha), K_ii = 1;
-    multiplied by m_i^2, m_i = s_i sqrt(G_ii), it is the stationarity of the strictly convex
-    1/2 v^T M v - sum_i m_i^2 phi(v_i), M = m rho m, phi' = v^(-1/alpha), which damped Newton minimises.
+    multiplied by m_i^2, m_i = s_i sqrt(G_ii), it is the stationarity condition of the strictly convex function
+    1/2 v^T M v - sum_i m_i^2 phi(v_i), M = m rho m, phi' = v^(-1/alpha), which a damped Newton method minimises.
 
     `gram` [K, K] finite, of order 1; `active` bool [K]; `alpha` >= 0; `priority` [K] > 0.
     Returns w [K]; the entries of inactive tasks are meaningless.
@@ -78,15 +80,15 @@ def solve_alpha_fair(gram: Array, active: Array, alpha: float | Array, priority:
     return _solve(gram, active, jnp.asarray(alpha, gram.dtype), priority, stages)
 
 
-# Compiled on its own, so that eager calls share one program for all alphas of the same number of stages.
+# Jitted separately, so that eager calls with the same number of stages share one program for all values of alpha.
 @functools.partial(jax.jit, static_argnames="stages")
 def _solve(gram: Array, active: Array, alpha: Array, priority: Array, stages: int) -> Array:
     dtype = gram.dtype
     norm = jnp.sqrt(jnp.where(active, jnp.diagonal(gram), 1.0))
     pair = active[:, None] & active[None, :]
     eye = jnp.eye(gram.shape[0], dtype=dtype)
-    # The diagonal is 1 by definition. The ridge, one rounding step, bounds exactly opposed gradients; a larger one
-    # would be the main error of nearly dependent ones.
+    # The diagonal is 1 by definition. The ridge of one machine epsilon bounds the weights of exactly opposed gradients;
+    # a larger ridge would dominate the error for nearly dependent gradients.
     cosines = jnp.where(pair & (eye == 0), gram / (norm[:, None] * norm[None, :]), 0.0)
     cosines = cosines + (1.0 + jnp.finfo(dtype).eps) * eye
 
@@ -94,7 +96,7 @@ def _solve(gram: Array, active: Array, alpha: Array, priority: Array, stages: in
     last = path[-1]
     values = _continuation(*jax.lax.stop_gradient((cosines, norm, active, path, priority)))
 
-    # One more Newton step from the constant solution with a constant Jacobian: its derivative is the implicit one.
+    # One more Newton step, with solution and Jacobian held constant: its derivative is the implicit derivative.
     stopped = jax.lax.stop_gradient
     matrix, share = _scaled_problem(cosines, norm, active, last, priority)
     step = -solve_spd(stopped(_hessian(values, matrix, share, last)), _gradient(values, matrix, share, last))
@@ -104,7 +106,7 @@ def _solve(gram: Array, active: Array, alpha: Array, priority: Array, stages: in
 
 
 def _continuation(cosines: Array, norm: Array, active: Array, path: Array, priority: Array) -> Array:
-    """Solution v for the last exponent of `path`, each stage started from the one before."""
+    """Solution v for the last exponent of `path`, where each stage starts from the previous stage's solution."""
 
     def stage(start: Array, alpha: Array) -> tuple[Array, None]:
         matrix, share = _scaled_problem(cosines, norm, active, alpha, priority)
@@ -115,14 +117,14 @@ def _continuation(cosines: Array, norm: Array, active: Array, path: Array, prior
 
 
 def _alpha_path(alpha: Array, stages: int) -> Array:
-    """Exponents solved in turn, each from the last solution: a geometric ramp up to a large alpha."""
+    """Exponents of the continuation, in order: a geometric ramp up to a large alpha."""
     alpha = jnp.where(alpha > 0, alpha, 1.0)
     start = jnp.minimum(alpha, CONTINUATION_START)
     return start * (alpha / start) ** (jnp.arange(1, stages + 1, dtype=alpha.dtype) / stages)
 
 
 def _scaled_problem(cosines: Array, norm: Array, active: Array, alpha: Array, priority: Array) -> tuple[Array, Array]:
-    """M [K, K] and m^2 [K] of the scaled problem, normalised so that the largest share m_i is 1."""
+    """M [K, K] and m^2 [K] of the scaled problem, normalised so that the largest m_i is 1."""
     share = norm ** ((1.0 - alpha) / (1.0 + alpha)) * priority ** (1.0 / (1.0 + alpha))
     share = jnp.where(active, share, 1.0)
     share = share / jax.lax.stop_gradient(jnp.max(share))
@@ -130,7 +132,7 @@ def _scaled_problem(cosines: Array, norm: Array, active: Array, alpha: Array, pr
 
 
 def _newton(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
-    """Damped Newton from `values` > 0: boundary limit, then Armijo over halved steps, all tried at once."""
+    """Run damped Newton from `values` > 0: limit a step at the boundary, then try all its halvings by Armijo's rule."""
     halvings = 0.5 ** jnp.arange(LINE_SEARCH_HALVINGS, dtype=values.dtype)
     power = 1.0 - 1.0 / alpha
     eps = jnp.finfo(values.dtype).eps
@@ -149,7 +151,7 @@ def _newton(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
         before, size = merit(point)
         sizes = _largest_step(point, step, alpha) * halvings
         after = jax.vmap(lambda length: merit(_advance(point, length * step, alpha))[0])(sizes)
-        # Near the solution the true decrease is below rounding: allow that much.
+        # Near the solution the true decrease is smaller than the rounding error: allow for that error.
         enough = after <= before + 1e-4 * sizes * slope + 8.0 * eps * size
         chosen = jnp.where(jnp.any(enough), sizes[jnp.argmax(enough)], sizes[-1])
         moved = _advance(point, chosen * step, alpha)
@@ -159,7 +161,7 @@ def _newton(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
 
 
 def _largest_step(values: Array, step: Array, alpha: Array) -> Array:
-    """Largest length in (0, 1] that covers at most 0.95 of the way to zero in every entry above the floor."""
+    """Largest step length in (0, 1] that moves every entry above the floor at most 0.95 of the way to zero."""
     shrinks = (step < 0) & (values > 2.0 * _floor(alpha))
     ratio = jnp.where(shrinks, -values / jnp.where(shrinks, step, -1.0), jnp.inf)
     return jnp.minimum(1.0, BOUNDARY_FRACTION * jnp.min(ratio))
@@ -170,8 +172,8 @@ def _advance(values: Array, step: Array, alpha: Array) -> Array:
 
 
 def _floor(alpha: Array) -> Array:
-    """Smallest value kept: with large alpha a dominated task's value leaves the fp32 range, and so would
-    its curvature v^(-1/alpha - 1); at the floor its contribution is already nothing.
+    """Smallest allowed value. With a large alpha the value of a dominated task and its curvature v^(-1/alpha - 1)
+    would leave the fp32 range; at the floor the task's contribution is already negligible.
     """
     return float(jnp.finfo(jnp.float32).tiny) ** (0.8 / (1.0 + 1.0 / alpha))
 
@@ -187,8 +189,8 @@ def _hessian(values: Array, matrix: Array, share: Array, alpha: Array) -> Array:
 def solve_spd(matrix: Array, right: Array) -> Array:
     """Solve a small symmetric positive definite system by elimination without pivoting.
 
-    Plain arithmetic on K x K numbers: fuses into the loop body on every backend, where a library
-    factorisation would be a separate call each step.
+    Plain arithmetic on K x K numbers fuses into the loop body on every backend; a library factorisation would be a
+    separate call in every step.
     """
     count = right.shape[0]
     table = jnp.concatenate([matrix, right[:, None]], axis=1)

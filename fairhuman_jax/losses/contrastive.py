@@ -1,4 +1,4 @@
-"""A contrastive loss: of pairs of embeddings, each is to be nearer to its partner than to all others."""
+"""A contrastive loss that trains each embedding to be more similar to its partner than to all other embeddings."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-NEVER = -1e9  # a logit that no probability is left of
-LEAST_SQUARE = 1e-12  # of the length of what is scaled to unit length
+NEVER = -1e9  # a logit whose probability after the softmax is 0
+LEAST_SQUARE = 1e-12  # smallest squared length that `_unit` divides by
 
 
 def contrastive_loss(first: Array, second: Array, valid: Array, temperature: float = 0.1) -> Array:
     """Symmetric InfoNCE of N pairs: the mean of both directions' cross entropies, fp32 scalar.
 
     s_ij = cos(first_i, second_j) / temperature; l = -(log softmax_j(s)_ii + log softmax_i(s)_ii) / 2, averaged over
-    the pairs that are `valid`, among which alone partners are looked for; 0 without any.
+    the `valid` pairs. Both softmaxes run over valid pairs only; the loss is 0 when no pair is valid.
 
-    Args: `first`, `second` [N, D], any float dtype; `valid` bool [N]. Raises: ValueError when shapes do not fit.
+    Args: `first`, `second` [N, D], any float dtype; `valid` bool [N].
+    Raises: ValueError when the shapes do not match.
     Source: van den Oord et al. 2018 (InfoNCE); Radford et al. 2021 (CLIP), figure 3.
     """
     if first.ndim != 2 or first.shape != second.shape or valid.shape != first.shape[:1]:
@@ -33,6 +34,6 @@ def contrastive_loss(first: Array, second: Array, valid: Array, temperature: flo
 
 
 def _unit(x: Array) -> Array:
-    """Of unit length, or 0, whose gradient is then finite."""
+    """Scale each vector to unit length; a zero vector stays 0 and has a finite gradient."""
     squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(squared, LEAST_SQUARE))

@@ -1,4 +1,4 @@
-"""Per-example denoising loss and the timestep weights in use with it."""
+"""Per-example denoising loss and its timestep weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def denoising_loss(prediction: Array, target: Array, weight: Array | None = None
 
 
 def min_snr_weight(snr: Array, gamma: float | Array = 5.0, prediction_type: str = "epsilon") -> Array:
-    """Min-SNR-gamma weight: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v_prediction, / 1 for sample.
+    """Min-SNR-gamma weight: min(SNR, gamma), divided by SNR for epsilon and by SNR + 1 for v_prediction.
 
-    `snr` of any shape, >= 0; returns fp32 of that shape; 1 for epsilon at SNR = 0.
+    `prediction_type` is epsilon, v_prediction or sample (no division). `snr` of any shape, >= 0; returns fp32 of that
+    shape, 1 for epsilon at SNR = 0.
     Raises: ValueError for another prediction type. Source: arXiv 2303.09556.
     """
     snr = jnp.asarray(snr, jnp.float32)
@@ -40,11 +41,11 @@ def min_snr_weight(snr: Array, gamma: float | Array = 5.0, prediction_type: str 
 
 
 def x0_weight(alphas_cumprod: Array, maximum: float | Array | None = None) -> Array:
-    """Weight 1 / alphas_cumprod that an epsilon error carries when its x0 error is added to it.
+    """Weight 1 / alphas_cumprod that turns an epsilon error into the sum of the epsilon and x0 errors.
 
-    |e|^2 + |x0 error|^2 = |e|^2 (1 + (1 - a) / a) = |e|^2 / a. On the SDXL schedule it runs from 1.0009 to 214.6;
-    `maximum` clamps it. `alphas_cumprod` is a at each example's timestep, any shape; returns fp32 of that shape,
-    inf at a = 0 unless clamped. Source: the ControlNet trainer of FairHuman (arXiv 2507.02714).
+    |e|^2 + |x0 error|^2 = |e|^2 (1 + (1 - a) / a) = |e|^2 / a. The SDXL schedule has weights from 1.0009 to 214.6;
+    `maximum` clamps them. `alphas_cumprod` is a at each example's timestep, any shape; returns fp32 of that
+    shape, inf at a = 0 unless clamped. Source: the ControlNet trainer of FairHuman (arXiv 2507.02714).
     """
     weight = 1.0 / jnp.asarray(alphas_cumprod, jnp.float32)
     return weight if maximum is None else jnp.minimum(weight, maximum)

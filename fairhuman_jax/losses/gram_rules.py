@@ -1,4 +1,4 @@
-"""Combiner rules that read the Gram matrix of the task gradients, and the two that read nothing."""
+"""Combiner rules that read the Gram matrix of the task gradients, and two rules that read nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ PyTree = Any
 
 
 def mpd(*, alpha: float | Array = 2.0, priority: Any = None) -> Rule:
-    """Alpha-fair weights (`mpd_weights`), (G w)_i = (p_i / w_i)^(1/alpha). FairHuman; FairGrad, arXiv 2402.15638."""
+    """Alpha-fair weights (`mpd_weights`), (G w)_i = (p_i / w_i)^(1/alpha). FairHuman; FairGrad, arXiv 2402.15638.
+
+    Raises: ValueError for an alpha that is negative or not finite.
+    """
     check_alpha(alpha)
 
     def solve(view: TaskView, state: PyTree) -> Solved:
@@ -41,7 +44,7 @@ def nash_mtl(*, priority: Any = None) -> Rule:
 
 
 def linear_sum(*, priority: Any = None) -> Rule:
-    """sum_i p_i L_i, p = 1 by default."""
+    """Plain sum, sum_i p_i L_i, with p = 1 by default."""
 
     def solve(view: TaskView, state: PyTree) -> Solved:
         return _ones(view, priority), state, jnp.zeros(())
@@ -50,7 +53,7 @@ def linear_sum(*, priority: Any = None) -> Rule:
 
 
 def single(*, task: int = 0) -> Rule:
-    """L_task alone."""
+    """Gradient of the single loss L_task."""
 
     def solve(view: TaskView, state: PyTree) -> Solved:
         ones = _ones(view, None)
@@ -63,8 +66,11 @@ def single(*, task: int = 0) -> Rule:
 
 def mgda(*, normalization: str = "none") -> Rule:
     """The shortest vector of the gradients' convex hull. `normalization` divides the gradients that span the hull
-    by "norm", "loss" or "loss+" (loss times norm); the weights then multiply the gradients as they are.
-    Sener and Koltun, arXiv 1810.04650."""
+    by "norm", "loss" or "loss+" (loss times norm); the weights then multiply the original gradients.
+    Sener and Koltun, arXiv 1810.04650.
+
+    Raises: ValueError for another normalization.
+    """
     known = ("none", "norm", "loss", "loss+")
     if normalization not in known:
         raise ValueError(f"mgda: normalization={normalization!r}; known: {', '.join(known)}")
@@ -84,8 +90,11 @@ def mgda(*, normalization: str = "none") -> Rule:
 
 
 def cagrad(*, c: float = 0.4) -> Rule:
-    """The direction within c ||g_0|| of the mean g_0 whose worst task gains most: (g_0 + c ||g_0|| g_w / ||g_w||) /
-    (1 + c^2) with w of `conflict_averse_point`. CAGrad, arXiv 2110.14048."""
+    """The direction within c ||g_0|| of the mean g_0 that improves the worst task most: (g_0 + c ||g_0|| g_w / ||g_w||)
+    / (1 + c^2), with w from `conflict_averse_point`. CAGrad, arXiv 2110.14048.
+
+    Raises: ValueError for a negative c.
+    """
     if not c >= 0:
         raise ValueError(f"cagrad: c={c}; expected a number >= 0 (0 the mean)")
 
@@ -111,7 +120,7 @@ def imtl_g() -> Rule:
         eps = jnp.finfo(gram.dtype).eps
         unit = cosine_matrix(gram, active)
         eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-        # A ridge of rounding size keeps dependent gradients solvable.
+        # A ridge the size of rounding errors keeps the system solvable for dependent gradients.
         system = jnp.where(eye > 0, 1.0 + 4.0 * gram.shape[0] * eps, unit)
         values = jnp.where(active, solve_spd(system, active.astype(gram.dtype)) / norm, 0.0)
         total, smallest = jnp.sum(values), eps * jnp.sum(jnp.abs(values))
@@ -126,7 +135,7 @@ def imtl_g() -> Rule:
 
 
 def pcgrad(*, priority: Any = None) -> Rule:
-    """Each gradient gives up what conflicts with the others, met in random order: where g_i . g_j < 0,
+    """Remove from each gradient its conflicts with the others, in random order: where g_i . g_j < 0,
     g_i -= (g_i . g_j / ||g_j||^2) g_j with the original g_j; then sum_i p_i g_i. PCGrad, arXiv 2001.06782."""
 
     def solve(view: TaskView, state: PyTree) -> Solved:
@@ -148,12 +157,12 @@ def pcgrad(*, priority: Any = None) -> Rule:
 
 
 def projection_order(key: Array, count: int) -> Array:
-    """For each of `count` tasks, an order of all tasks of its own: int [K, K]."""
+    """A separate random order of all tasks for each of `count` tasks: int [K, K]."""
     return jax.vmap(lambda one: jax.random.permutation(one, count))(jax.random.split(key, count))
 
 
 def graddrop() -> Rule:
-    """Coordinate by coordinate one sign is kept: the positive parts where P > U, the negative ones elsewhere, with
+    """Keep one sign in each coordinate: positive entries where P > U, negative entries elsewhere, with
     P = (1 + sum_i g_i / sum_i |g_i|) / 2 and U uniform; mean over tasks. GradDrop, arXiv 2010.06808."""
 
     def solve(view: TaskView, state: PyTree) -> Solved:
@@ -164,7 +173,7 @@ def graddrop() -> Rule:
 
 
 def _keep_one_sign(task_grads: PyTree, key: Array) -> PyTree:
-    """Mean over tasks of what GradDrop keeps, fp32; each leaf draws from a key of its own."""
+    """Mean over tasks of the entries that GradDrop keeps, fp32; each leaf draws from its own key."""
     leaves, structure = jax.tree.flatten(task_grads)
 
     def kept(leaf: Array, leaf_key: Array) -> Array:

@@ -17,7 +17,7 @@ LOSS_FLOOR = 1e-8
 
 
 def log_sum(*, priority: Any = None) -> Rule:
-    """sum_i p_i log L_i: weights p_i / L_i, so that the unit of a loss does not matter; 0 where L_i <= 0."""
+    """Sum of logarithms, sum_i p_i log L_i: weights p_i / L_i, independent of a loss's unit; 0 where L_i <= 0."""
 
     def solve(view: TaskView, state: PyTree) -> Solved:
         losses = view.losses
@@ -28,7 +28,7 @@ def log_sum(*, priority: Any = None) -> Rule:
 
 
 def rlw() -> Rule:
-    """Random loss weighting: softmax of K standard normal numbers, drawn anew each time. arXiv 2111.10603."""
+    """Random loss weighting: softmax of K standard normal numbers, drawn anew in each call. arXiv 2111.10603."""
 
     def solve(view: TaskView, state: PyTree) -> Solved:
         known = view.losses if view.gram is None else view.gram[0]
@@ -39,11 +39,12 @@ def rlw() -> Rule:
 
 def dwa(*, window: int = 25, temperature: float = 2.0) -> Rule:
     """Dynamic weight average: softmax(r / T), r_i the mean of the last `window` losses over the mean of the `window`
-    before; even weights during the first `window` calls. The state is the history [2 window, K], oldest first.
+    losses before them; equal weights in the first `window` calls. The state is the history [2 window, K], oldest first.
 
     Losses of exactly 0 (an empty task, or no call yet) are left out of the means.
-    The weights sum to 1, as the reference's do; `rescale="n_tasks"` is the paper's scale.
+    The weights sum to 1, as in the reference; `rescale="n_tasks"` is the paper's scale.
     Source: Liu et al., arXiv 1803.10704.
+    Raises: ValueError for a window below 1 or a temperature that is not positive.
     """
     if window < 1 or not temperature > 0:
         raise ValueError(f"dwa: window={window}, temperature={temperature}; expected window >= 1 and temperature > 0")
@@ -62,9 +63,9 @@ def dwa(*, window: int = 25, temperature: float = 2.0) -> Rule:
 
 
 def uncertainty(*, learning_rate: float = 1e-3) -> Rule:
-    """sum_i (exp(-s_i) L_i + s_i) / 2 with s learned by an Adam of its own, from 0: weights exp(-s_i) / 2.
+    """Uncertainty weighting, sum_i (exp(-s_i) L_i + s_i) / 2: weights exp(-s_i) / 2; its own Adam learns s from 0.
 
-    s_i moves towards log L_i; it rests while a loss is exactly 0 (an empty task).
+    s_i moves towards log L_i; a loss of exactly 0 (an empty task) gives s_i no slope.
     Source: Kendall et al., arXiv 1705.07115.
     """
 
@@ -81,10 +82,10 @@ def uncertainty(*, learning_rate: float = 1e-3) -> Rule:
 
 def famo(*, learning_rate: float = 0.025, weight_decay: float = 1e-5, min_losses: Any = None) -> Rule:
     """Fast adaptive multitask optimization: weights z_i / (c D_i), z = softmax(xi), D_i = L_i - min_i + 1e-8,
-    c = sum_i z_i / D_i. xi follows the change of log D from one call to the next by Adam, so that tasks that
-    fall slowest gain weight; the change is measured between consecutive batches, which saves a second forward pass.
+    c = sum_i z_i / D_i. Adam updates xi from the change of log D between two calls, so the tasks whose losses
+    fall slowest gain weight. The change is measured between consecutive batches, which saves a second forward pass.
 
-    `min_losses` [K] are lower bounds of the losses, default 0. A loss of exactly 0 (an empty task) takes no part.
+    `min_losses` [K] are lower bounds of the losses, default 0. A loss of exactly 0 (an empty task) gets weight 0.
     Source: FAMO, arXiv 2306.03792.
     """
 
@@ -98,7 +99,7 @@ def famo(*, learning_rate: float = 0.025, weight_decay: float = 1e-5, min_losses
     def solve(view: TaskView, state: PyTree) -> Solved:
         losses = view.losses.astype(jnp.float32)
         present = losses != 0
-        # Before the first call the stored losses are 0, so nothing changes then.
+        # The stored losses are 0 before the first call, so the first call does not change xi.
         both = present & (state["losses"] != 0)
         fall = jnp.where(both, jnp.log(above(state["losses"])) - jnp.log(above(losses)), 0.0)
         before = jax.nn.softmax(state["xi"]["value"])
@@ -113,7 +114,7 @@ def famo(*, learning_rate: float = 0.025, weight_decay: float = 1e-5, min_losses
 
 
 def _mean_of_present(losses: Array) -> Array:
-    """Mean over the rows [N, K] that are not 0; 0 where all are."""
+    """Mean over the nonzero entries of each column of [N, K]; 0 for a column of zeros."""
     present = losses != 0
     return jnp.sum(losses, axis=0) / jnp.maximum(jnp.sum(present, axis=0), 1)
 

@@ -21,19 +21,21 @@ def region_losses(
     normalize: str = "pixels",
     compat: str | None = None,
 ) -> dict[str, Array]:
-    """Three mean squared errors of one prediction: everywhere, on faces, on hands.
+    """Three mean squared errors of one prediction: over the whole image, on faces, on hands.
 
     global = mean_b w_b mean(e_b^2), e = prediction - target; local = local_scale * mean_b w_b mean(m_b e_b^2).
-    `normalize` "pixels" averages local terms over all elements, so a region of area fraction a holds
-    a * e^2; "area" averages each sample over its own region (0 where the sample has none), so small regions are
-    not diluted. Both are means over the batch: micro-batches of equal size average to the whole batch.
+    `normalize` "pixels" averages local terms over all elements, so a region of area fraction a
+    contributes a * e^2; "area" averages each sample over its own region (0 without a region), so small regions count
+    fully. Both are means over the batch: micro-batches of equal size average to the whole batch.
 
     Args: `prediction`, `target` [B, H, W, C], any float dtype; masks [B, H, W, 1] in {0, 1} (or coverage in [0, 1])
-    at the same H, W, None = no such region: loss exactly 0, a task without gradient; `weight` [B] per sample on all
-    three losses (min-SNR, 1/alphas_cumprod); `local_scale` multiplies face and hand - under the MPD rule a factor above
-    1 lowers their share (by c^(-1/3) for orthogonal tasks), under a plain sum it raises it.
-    `compat="reference"`: the published LoRA trainer, local_scale 25 and `weight` on the global loss only.
-    Returns {"global", "face", "hand"}, fp32 scalars. Raises: ValueError when shapes do not fit.
+    at the same H, W, None = no such region: loss exactly 0, a task without gradient; `weight` [B] multiplies all three
+    losses of a sample (min-SNR, 1/alphas_cumprod); `local_scale` c multiplies the face and hand losses: c > 1 lowers
+    their contribution under the MPD rule (by c^(-1/3) for orthogonal tasks) and raises it under a plain sum.
+    `compat="reference"` follows the published LoRA trainer: local_scale 25, and `weight` on the global loss only.
+    Returns {"global", "face", "hand"}, fp32 scalars.
+    Raises: ValueError when shapes do not match, for an unknown `normalize` or `compat`, or for other settings of
+    `local_scale` and `normalize` together with `compat="reference"`.
     Source: FairHuman (arXiv 2507.02714).
     """
     if prediction.shape != target.shape:
@@ -64,15 +66,16 @@ def region_losses(
 
 
 def latent_mask(mask: Array, factor: int, method: str = "stride", threshold: float = 0.25) -> Array:
-    """Mask at latent size: one cell for `factor` x `factor` pixels.
+    """Mask at latent size: one cell per `factor` x `factor` pixels.
 
-    "stride" reads pixel (factor i, factor j) and keeps it from half of full scale up: mask[::8, ::8] >= 128 for
-    8-bit masks, as the reference; regions narrower than `factor` can vanish. "area" keeps cells whose covered fraction
-    is at least `threshold`.
+    "stride" reads pixel (factor i, factor j) and thresholds it at half of full scale: mask[::8, ::8] >= 128 for 8-bit
+    masks, as in the reference; regions narrower than `factor` can vanish. "area" keeps cells whose covered fraction is
+    at least `threshold`.
 
-    Args: `mask` [H, W], [H, W, 1] or [B, H, W, 1]; bool, {0, 1} of any dtype, or 0..255. Each mask that holds a value
-    above 1 is read as 0..255.
-    Returns fp32 in {0, 1}, H and W divided by `factor`. Raises: ValueError when they are not multiples of it.
+    Args: `mask` [H, W], [H, W, 1] or [B, H, W, 1]; bool, {0, 1} of any dtype, or 0..255. A mask with a value above 1
+    is read as 0..255.
+    Returns fp32 in {0, 1}, H and W divided by `factor`.
+    Raises: ValueError when H or W is not a multiple of `factor`, or for an unknown method.
     """
     mask = jnp.asarray(mask).astype(jnp.float32)
     rows, columns = (0, 1) if mask.ndim == 2 else (mask.ndim - 3, mask.ndim - 2)
@@ -93,8 +96,8 @@ def latent_mask(mask: Array, factor: int, method: str = "stride", threshold: flo
 
 
 def masked_mean(squared: Array, mask: Array, normalize: str) -> Array:
-    """Mean of `mask * squared` of each sample, [B, H, W, C] -> fp32 [B]: over all elements ("pixels"), or ("area") over
-    what the mask [B, H, W, 1] covers, 0 where that is nothing.
+    """Mean of `mask * squared` of each sample, [B, H, W, C] -> fp32 [B]: over all elements ("pixels"), or over
+    the area of the mask [B, H, W, 1] ("area"), where an empty mask gives 0.
     """
     mask = mask.astype(jnp.float32)
     per_sample = jnp.mean(squared * mask, axis=(1, 2, 3))

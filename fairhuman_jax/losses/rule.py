@@ -1,4 +1,4 @@
-"""What a combiner's rule may read, and what it gives."""
+"""The rule of a combiner: its inputs, its functions and its results."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ PyTree = Any
 
 
 class TaskView(NamedTuple):
-    """What a rule may read: `gram` [K, K] finite, None where one backward pass has to do; `active` bool [K];
-    `losses` [K], finite for the rules that need them; a random `key`. What a rule did not ask for may be None."""
+    """Inputs of a rule; an input that the rule does not need may be None."""
 
-    gram: Any
-    active: Any
-    losses: Any
-    key: Any
+    gram: Any  # [K, K], finite; None where the step has a single backward pass
+    active: Any  # bool [K]
+    losses: Any  # [K], finite for rules that need them
+    key: Any  # random key
 
 
 Solved = tuple[Array, PyTree, Array]
 
 
 def no_state(count: int) -> PyTree:
-    """The state of a rule that keeps none."""
+    """The empty state, for a rule without state."""
     return ()
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One method. `solve(view, state)` returns (weights [K], new state, residual: relative error of its equation);
-    `init(K)` is the first state. `reads` and `power` as in `Combiner`; `rescale` is what the reference does.
-    `mix(task_grads, key)` combines gradients entry by entry where `reads` is "gradients"."""
+    """The functions and properties of one method."""
 
+    # (view, state) -> (weights [K], new state, residual: the relative error of the rule's equation).
     solve: Callable[[TaskView, PyTree], Solved]
+    # K -> the first state.
     init: Callable[[int], PyTree] = no_state
+    # As in `Combiner`.
     reads: str = "gram"
+    # The default rescaling, which is the reference's.
     rescale: str = "none"
+    # As in `Combiner`.
     power: float | Array = 0.0
     needs_losses: bool = False
     needs_key: bool = False
+    # (task_grads, key) -> the gradients combined entry by entry, where `reads` is "gradients".
     mix: Callable[[PyTree, Array], PyTree] | None = None

@@ -1,4 +1,4 @@
-"""The one attention function of the package, with its implementations behind one name.
+"""The package's attention function, one name for several implementations.
 
 Scaled dot-product attention `softmax(q k^T / sqrt(d)) v` over [batch, length, heads, head_dim].
 """
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn", "splash")
 CUDNN_HEAD_DIM = {8.0: 128, 9.0: 256}  # widest head by compute capability
-NOT_AT_HAND = "8.0"  # what jax takes the compute capability of an NVIDIA GPU for that is only compiled for
+NOT_AT_HAND = "8.0"  # compute capability that jax assumes for an absent NVIDIA GPU
 SPLASH_LENGTH = 1024  # shorter sequences are faster without the kernel
 SPLASH_BLOCK = 512
-BLOCKED_LENGTH, BLOCK = 1024, 512  # keys from which on a CPU gains by blocks, and queries in one
+BLOCKED_LENGTH, BLOCK = 1024, 512  # length from which `blocked` is faster on a CPU; queries per block
 SPLASH_BLOCK_SIZES = (
     *("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
     *("block_q_dq", "block_kv_dq"),
@@ -29,12 +29,12 @@ def attention(
     """`softmax(q k^T / sqrt(head_dim)) v`: query [B, Lq, H, D], key and value [B, Lk, H, D] -> [B, Lq, H, D].
 
     `xla` runs everywhere, with scores and softmax in float32. `blocked` does the same one head and `BLOCK` queries at
-    a time, for CPUs, which run batched products at a fifth of the rate of plain ones. `cudnn` is NVIDIA's fused kernel:
-    bfloat16 or float16, head_dim a multiple of 8 and at most 128 (256 from Hopper on), used for even lengths, `xla`
-    for odd ones, which jax 0.10 refuses to pull back (77 tokens of text). `splash` is the fused TPU kernel, used for
-    self-attention of at least 1024 tokens and no mask, `xla` for all else; off a TPU it is interpreted, slowly. `auto`
-    takes, when the call is traced, what suits the platform (`target`) and the shapes.
-    Raises: ValueError for an unknown implementation is refused by name.
+    a time, for CPUs, which run batched products at a fifth of the rate of plain products. `cudnn` is NVIDIA's fused
+    kernel: bfloat16 or float16, head_dim a multiple of 8 and at most 128 (256 from Hopper on), for even lengths; `xla`
+    replaces it for odd lengths (77 tokens of text), where jax 0.10 has no backward pass. `splash` is the fused TPU
+    kernel for self-attention of at least 1024 tokens without a mask; `xla` replaces it elsewhere. Off a TPU it is
+    interpreted, slowly. `auto` chooses by platform (`target`) and shapes when the call is traced.
+    Raises: ValueError for an unknown implementation.
     """
     if implementation == "auto":
         implementation = fitting(query, key, causal, *target(), unsplit())
@@ -52,20 +52,21 @@ def attention(
 
 
 def attention_columns(query: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
-    """The columns `positions` of `softmax(q k^T / sqrt(head_dim))`: what every query gives to these keys.
+    """The columns `positions` of `softmax(q k^T / sqrt(head_dim))`: the attention of every query to these keys.
 
     query [B, Lq, H, D], key [B, Lk, H, D], positions int [B, N] in 0 .. Lk - 1 -> float32 [B, H, Lq, N]. The softmax is
-    over all keys. A position beyond them gives NaN.
+    over all keys. A position beyond the keys gives NaN.
     """
     return jnp.take_along_axis(_softmax(query, key), positions[:, None, None, :], axis=-1)
 
 
 def fitting(query: jax.Array, key: jax.Array, causal: bool, platform: str, capability: str, whole: bool) -> str:
-    """The implementation that `auto` stands for: on a `platform`, for shapes and dtype of `query` and `key`.
+    """Choose the implementation for `auto`, by `platform` and by the shapes and dtype of `query` and `key`.
 
-    `capability` is that of an NVIDIA device, such as 9.0; `whole` says that no compiler splits the kernel over devices.
+    `capability` is the compute capability of an NVIDIA device, such as 9.0; `whole` is True when the compiler does not
+    split the program over devices.
     """
-    if platform == "gpu" and capability.replace(".", "").isdigit():  # other makers' devices name no number
+    if platform == "gpu" and capability.replace(".", "").isdigit():  # other makers' devices report no number
         widest = max((width for least, width in CUDNN_HEAD_DIM.items() if float(capability) >= least), default=0)
         half, width = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
         return "cudnn" if half and width <= widest and width % 8 == 0 and _cudnn_fits(query, key) else "xla"
@@ -75,10 +76,10 @@ def fitting(query: jax.Array, key: jax.Array, causal: bool, platform: str, capab
 
 
 def target() -> tuple[str, str]:
-    """(platform, NVIDIA compute capability or "") that the program being traced is for.
+    """Target of the program being traced: (platform, NVIDIA compute capability or "").
 
-    Inside a `shard_map` that is its mesh's, which need not be at hand when one compiles ahead of time; else the
-    default device's.
+    Inside a `shard_map` it is the target of the mesh, whose devices may be absent in ahead-of-time compilation;
+    otherwise it is the default device.
     """
     device = jax.local_devices()[0]
     meant = jax.sharding.get_abstract_mesh().abstract_device
@@ -88,9 +89,9 @@ def target() -> tuple[str, str]:
 
 
 def unsplit() -> bool:
-    """Whether the traced program is one device's own: beside one device that is so inside a `shard_map` alone.
+    """Whether the traced program runs on one device. With several devices that holds only inside a `shard_map`.
 
-    The compiler splits plain programs over devices, which it cannot do with the TPU kernel.
+    The compiler splits other programs over devices, which it cannot do with the TPU kernel.
     """
     return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 
@@ -107,7 +108,7 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) ->
     if target()[0] != "cpu":
         weights = _softmax(query, key, causal).astype(value.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-    # Products over one axis of batch and heads are faster there; summed in float32 as in models/products.py.
+    # On a CPU, products over one merged axis of batch and heads are faster; float32 sums as in models/products.py.
     queries, keys, values = (_by_head(x) for x in (query, key, value))
     scores = jnp.einsum("bqd,bkd->bqk", queries, keys, preferred_element_type=jnp.float32)
     weights = _probabilities(scores, query.shape[-1], causal).astype(value.dtype)
@@ -160,14 +161,14 @@ def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool
 
         return jax.lax.map(one_block, (queries.reshape(*places.shape, width), places)).reshape(-1, width)
 
-    # A last column of ones has the product sum the weights as well, which saves a pass over them.
+    # With a last column of ones the product sums the weights as well, which saves a pass over them.
     summed = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
     result = jax.lax.map(one_head, (_by_head(padded), _by_head(key).swapaxes(1, 2), _by_head(summed)))
     return _from_heads(result, heads)[:, :length]
 
 
 def _weights(scores: jax.Array, width: int) -> jax.Array:
-    """Softmax of `scores / sqrt(width)` before its division by the sum, which costs less after the next product."""
+    """Softmax of `scores / sqrt(width)` without its division by the sum, which costs less after the next product."""
     return jnp.exp((scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))) * width**-0.5)
 
 
@@ -179,7 +180,7 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     rows = -length % SPLASH_BLOCK
     query = query * jnp.asarray(width**-0.5, query.dtype)
     padded = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
-    # Padded keys are another segment than real ones, so that no real query sees them.
+    # Padded keys form a separate segment, so that no real query attends to them.
     segment = jnp.int32(jnp.arange(length + rows) >= length)
     mask = splash_attention.MultiHeadMask([splash_attention.FullMask((length + rows, length + rows))] * heads)
     sizes: dict[str, Any] = dict.fromkeys(SPLASH_BLOCK_SIZES, SPLASH_BLOCK)
@@ -196,12 +197,12 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def batchable_backward(kernel):
-    """`kernel(q, k, v)` whose pull-back may be vmapped over cotangents alone.
+    """Wrap `kernel(q, k, v)` so that its pull-back can be vmapped over cotangents only.
 
     The fair step pulls K cotangents back through one forward pass with `vmap`. A fused kernel whose backward batching
     rule expects batched primals as well (cuDNN in jax 0.10) fails there. Here the forward keeps the kernel's own vjp
-    closure, a pytree of residuals, and the backward applies it once a cotangent; everything around the attention stays
-    batched, and nothing is recomputed.
+    closure, a pytree of residuals, and the backward applies it once per cotangent; everything around the attention
+    stays batched, and nothing is recomputed.
     """
 
     @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Layers that every network shares: linear maps (with low-rank updates), convolutions, norms, timestep embedding.
+"""Layers that all networks share: linear maps (with low-rank updates), convolutions, norms, timestep embedding.
 
 Parameters are float32 unless a checkpoint was loaded in another dtype; `dtype` is the compute dtype. Norms take their
 statistics in float32 whatever `dtype` is.
@@ -82,7 +82,10 @@ def _lora(module: nn.Module, name: str) -> jax.Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over space and channel groups; statistics in float32."""
+    """Group normalisation over space and channel groups; statistics in float32.
+
+    Raises: ValueError when `num_groups` does not divide the number of channels.
+    """
 
     num_groups: int = 32
     epsilon: float = 1e-5
@@ -95,7 +98,7 @@ class GroupNorm(nn.Module):
             raise ValueError(f"GroupNorm: {channels} channels do not divide into {self.num_groups} groups")
         scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
-        # Moments by channel first, then by group: sums over whole rows, twice as fast on a CPU as sums inside groups.
+        # Moments by channel, then by group: on a CPU, sums over whole rows are twice as fast as sums inside groups.
         wide = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
         centred = wide - self._by_group(wide.mean(axis=1))[:, None]
         variance = self._by_group(jnp.square(centred).mean(axis=1))
@@ -157,7 +160,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation a diffusers or transformers config names; unknown names are refused."""
+    """The activation of a diffusers or transformers config. Raises: ValueError for an unknown name."""
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]

@@ -1,7 +1,8 @@
 """Low-rank adaptation: the `lora` collection that `models.layers.Linear` and `models.layers.Conv` apply.
 
-A tree holds `down` and `up` for every adapted layer: [in, r] and [r, out] of a linear one, [h, w, in, r] and [r, out]
-of a convolution, each with a leading depth axis where the kernel has one. So `down @ up` has the kernel's shape.
+A tree holds `down` and `up` for every adapted layer: [in, r] and [r, out] for a linear layer, [h, w, in, r] and
+[r, out] for a convolution, each with a leading depth axis where the kernel has one. So `down @ up` has the kernel's
+shape.
 Source: Hu et al. 2021 (LoRA), section 4.1; initial scale as in peft's "gaussian" setting.
 """
 
@@ -21,11 +22,11 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def init_lora(key: jax.Array, params: PyTree, rank: int, targets: Sequence[str] = UNET_TARGETS) -> PyTree:
-    """A LoRA tree for every layer of `params` whose dotted module name ends in one of `targets`.
+    """Make a LoRA tree for every layer of `params` whose dotted module name ends in one of `targets`.
 
-    Linear layers and convolutions alike. Leaves, float32: `down` ~ N(0, 1 / r^2) and `up` = 0, so the adapted
-    network equals the plain one at first. `params` may hold arrays or their shapes.
-    Raises: ValueError for rank below 1; a target that names no layer with a kernel.
+    Layers are linear layers and convolutions. Leaves, float32: `down` ~ N(0, 1 / r^2) and `up` = 0, so the adapted
+    network equals the plain network at first. `params` may hold arrays or their shapes.
+    Raises: ValueError for a rank below 1, or a target that names no layer with a kernel.
     """
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {rank}")
@@ -40,7 +41,7 @@ def init_lora(key: jax.Array, params: PyTree, rank: int, targets: Sequence[str] 
 
 
 def scale_lora(lora: PyTree, weight: float | jax.Array) -> PyTree:
-    """The same update at `weight` times its strength (alpha / rank goes here): only `up` is multiplied.
+    """Multiply the strength of an update by `weight` (alpha / rank goes here); only `up` changes.
 
     Leaves may be boxes around an array (flax's `AxisMetadata`).
     """
@@ -50,10 +51,10 @@ def scale_lora(lora: PyTree, weight: float | jax.Array) -> PyTree:
 
 
 def concatenate_lora(loras: Sequence[PyTree]) -> PyTree:
-    """The sum of several updates as one, of their summed rank: `down` side by side, `up` one above the other.
+    """Combine several updates into their sum, whose rank is the sum of their ranks, by concatenating their factors.
 
     Trees may adapt different layers. Host arrays stay on the host.
-    Raises: ValueError for none given; factors that do not fit one another.
+    Raises: ValueError for an empty sequence; ValueError (numpy) or TypeError (jax) when shapes of factors do not match.
     """
     if not loras:
         raise ValueError("concatenate_lora: no LoRA was given")
@@ -72,8 +73,8 @@ def concatenate_lora(loras: Sequence[PyTree]) -> PyTree:
 def merge_lora(params: PyTree, lora: PyTree) -> PyTree:
     """`params` with `kernel + down @ up` in place of every adapted kernel, summed in float32, in the kernel's dtype.
 
-    The network then computes without a `lora` collection what it computed with it.
-    Raises: ValueError for an adapted layer that `params` does not have, or of another shape.
+    The network then gives the same results without a `lora` collection.
+    Raises: ValueError when `params` lacks an adapted layer, or has it in another shape.
     """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     factors: dict[tuple[str, ...], Any] = flatten_dict(lora)

@@ -1,4 +1,4 @@
-"""FastComposer's fusion of subjects into text: embeddings of their pictures take the place of their words.
+"""FastComposer's fusion of subjects into text: embeddings of their pictures change the states of their words.
 
 Source: FastComposer (arXiv 2305.10431), section 4.1, and fastcomposer/model.py; module names are those of its
 checkpoints.
@@ -29,11 +29,11 @@ class FusionMLP(nn.Module):
 
 
 class Postfuse(nn.Module):
-    """Text states in which the states of subjects' words are fused with embeddings of their pictures.
+    """Fuse the text states of subjects' words with embeddings of the subjects' pictures.
 
     For the state t at a subject's position and its embedding o: a = mlp1([t, o]) + t, b = mlp2(a) + a, and norm(b)
-    takes the place of t. All other states stay as they are, bit for bit. `width` is that of both, 768 beside CLIP
-    ViT-L/14: 2,958,336 parameters. Of the runtime fields of every network only `dtype` changes this one.
+    takes the place of t. All other states stay the same, bit for bit. `width` is the width of t and o: 768 with
+    CLIP ViT-L/14, which makes 2,958,336 parameters. Of the runtime fields only `dtype` has an effect.
     """
 
     width: int = 768
@@ -46,7 +46,7 @@ class Postfuse(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **runtime: Any) -> Postfuse:
-        """Build from the `config.json` that `to_config` gives; unknown keys are refused by name."""
+        """Build from the `config.json` of `to_config`. Raises: ValueError for another class or unknown keys."""
         if config.get("_class_name", cls.CLASS_NAME) != cls.CLASS_NAME:
             raise ValueError(f"{cls.CLASS_NAME}: this config.json is of class {config['_class_name']!r}")
         settings = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -65,11 +65,11 @@ class Postfuse(nn.Module):
 
     @nn.compact
     def __call__(self, text: jax.Array, subjects: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
-        """Text states [B, L, width], in their dtype, with the fused ones in place.
+        """Text states [B, L, width] in their dtype, with the fused states in place.
 
         Shapes: text [B, L, width], subjects [B, N, width], positions int [B, N] in 0 .. L - 1, valid bool [B, N].
-        Slots that are not valid change nothing, whatever their position. No two valid ones share a position.
-        Raises: ValueError for shapes that do not fit.
+        Slots that are not valid change nothing, whatever their position. No two valid slots may share a position.
+        Raises: ValueError when shapes do not match.
         """
         batch, slots = positions.shape
         expected = {"text": (batch, text.shape[1], self.width), "subjects": (batch, slots, self.width)}
@@ -83,6 +83,6 @@ class Postfuse(nn.Module):
         fused = FusionMLP(self.width, self.dtype, name="mlp1")(both) + words.astype(self.dtype)
         fused = FusionMLP(self.width, self.dtype, name="mlp2")(fused) + fused
         fused = LayerNorm(dtype=self.dtype, name="layer_norm")(fused).astype(text.dtype)
-        # Padding stands at the start token; what is put beyond the end is dropped.
+        # Slots of padding have the start token's position: move them beyond the end, where their states are dropped.
         places = jnp.where(valid, positions, text.shape[1])
         return jax.vmap(lambda states, place, new: states.at[place].set(new, mode="drop"))(text, places, fused)

@@ -1,7 +1,7 @@
-"""Published model configurations, as their `config.json` files state them: full-size shapes without a download.
+"""Published model configurations with the content of their `config.json`: full-size shapes without a download.
 
-`NAME_UNET`, `_CONTROLNET`, `_T2I_ADAPTER`, `_VAE`, `_TEXT` and `_VISION` go to the `from_config` of their network, and
-`HIGHER_HRNET_W48` to that of `HigherHRNet`.
+`NAME_UNET`, `_CONTROLNET`, `_T2I_ADAPTER`, `_VAE`, `_TEXT` and `_VISION` are arguments of their network's
+`from_config`, and `HIGHER_HRNET_W48` of `HigherHRNet.from_config`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ SDXL_REFINER_UNET = {
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
 
-HUMANSD_UNET = {**SD21_UNET, "in_channels": 8, "sample_size": 64}  # noisy latents, then those of the pose picture
+HUMANSD_UNET = {**SD21_UNET, "in_channels": 8, "sample_size": 64}  # noisy latents, then the pose picture's latents
 
 SD15_CONTROLNET = {
     "_class_name": "ControlNetModel",
@@ -220,7 +220,7 @@ SD15_TEXT = {  # CLIP ViT-L/14
 
 SDXL_TEXT = SD15_TEXT
 
-SD21_TEXT = {  # OpenCLIP ViT-H/14 without its last layer, so that its last state is the penultimate one
+SD21_TEXT = {  # OpenCLIP ViT-H/14 without its last layer, so that its last state is the penultimate state
     **SD15_TEXT,
     "hidden_act": "gelu",
     "hidden_size": 1024,

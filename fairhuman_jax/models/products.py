@@ -1,8 +1,8 @@
-"""Products and convolutions of the layers; on CPUs in bfloat16 in the one form that has fast code there.
+"""Products and convolutions of the layers, on CPUs in bfloat16 in the only form with fast code.
 
-XLA's CPU backend (jax 0.10) converts the operands of a bfloat16 product or convolution to float32, unless it is a
-product with a float32 result: that goes to YNNPACK, which uses the processor's bfloat16 instructions. So a product is
-summed in float32 and then rounded, and a convolution is made a product. Other dtypes and platforms are left alone.
+XLA's CPU backend (jax 0.10) converts the operands of bfloat16 products and convolutions to float32. Only products with
+a float32 result go to YNNPACK, which uses the processor's bfloat16 instructions. So a product is summed in float32 and
+then rounded, and a convolution is computed as a product. Other dtypes and platforms use the plain operations.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from fairhuman_jax.models.attention import target
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
-FEW_CHANNELS = 64  # in or out, below which a convolution is no faster as a product
-BLOCK_BYTES = 10 * 2**20  # of copies of the input made at a time, so that a processor's cache holds them
+FEW_CHANNELS = 64  # with fewer of them in or out, a convolution is no faster as a product
+BLOCK_BYTES = 10 * 2**20  # copies of the input made at a time, which fit in a processor's cache
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -29,8 +29,8 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def convolution(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> jax.Array:
     """2-D convolution: `x` [B, H, W, C] and `kernel` [h, w, C, F] of one dtype -> [B, H', W', F] of that dtype.
 
-    `padding` is ((top, bottom), (left, right)). Pulled back it is XLA's own convolution in every dtype, so that the
-    copies of the input which the forward pass makes are not kept.
+    `padding` is ((top, bottom), (left, right)). Its gradient is that of XLA's own convolution in every dtype, so
+    the forward pass need not keep its copies of the input.
     """
     if _is_widened(x) and min(kernel.shape[2:]) >= FEW_CHANNELS:
         return _by_patches(x, kernel, strides, padding)
@@ -57,19 +57,19 @@ def _whole(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> j
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _by_patches(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> jax.Array:
-    """What the kernel sees at each pixel, [B, H', W', h w C], times the kernel, some rows of pixels at a time."""
+    """Multiply the input's patch at each pixel, [B, H', W', h w C], by the kernel, some rows of pixels at a time."""
     height, width, channels, features = kernel.shape
     rows, columns = _size(x, kernel, strides, padding)
     row_bytes = x.shape[0] * columns * height * width * channels * x.dtype.itemsize
     most = max(min(BLOCK_BYTES // row_bytes, rows), 1)
-    # Rows in a block. Where none divides them evenly, the last block reaches beyond the result.
+    # Rows per block. Where no number divides the rows evenly, the last block extends beyond the result.
     taken = next((n for n in range(most, most // 2, -1) if rows % n == 0), most)
     blocks = -(-rows // taken)
     lines, reach = (taken - 1) * strides + 1, (columns - 1) * strides + 1
     top, bottom = padding[0]
     needed = (blocks * taken - 1) * strides + height - top - x.shape[1]  # lines below the input
     added = ((0, 0), (top, max(bottom, needed)), padding[1], (0, 0))
-    # As integers, because copies of bfloat16 would go through float32 as well.
+    # Copy integers, because XLA would convert copies of bfloat16 to float32 as well.
     bits = jnp.pad(jax.lax.bitcast_convert_type(x, jnp.uint16), added)
 
     def block(first: jax.Array) -> jax.Array:

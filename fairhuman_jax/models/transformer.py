@@ -18,15 +18,16 @@ from fairhuman_jax.models.layers import Conv, Dtype, GroupNorm, LayerNorm, Linea
 
 ATTENTION_OUTPUT = "attention_output"
 REMAT_POLICIES = ("none", "full", "attention", "offload")
-COLUMNS = "attention_columns"  # the collection that holds what watched transformers give away
+COLUMNS = "attention_columns"  # the collection with the attention that watched transformers record
 
 
 def rematerialise(module: type[nn.Module], remat: str, *, in_scan: bool = False) -> Any:
-    """`module` under one of the rematerialisation policies `none`, `full`, `attention` and `offload`.
+    """Apply one of the rematerialisation policies `none`, `full`, `attention` and `offload` to `module`.
 
     `full` keeps only the module's inputs for the backward pass; `attention` keeps its attention outputs as well, and
-    `offload` keeps those in the host's memory.
+    `offload` keeps the attention outputs in the host's memory.
     `in_scan` drops the barriers against common-subexpression elimination, which a scan body does not need.
+    Raises: ValueError for another policy.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"unknown remat policy {remat!r}; known: {', '.join(REMAT_POLICIES)}")
@@ -49,7 +50,9 @@ class Attention(nn.Module):
     """Multi-head attention from `x` [B, L, C] to `context` [B, M, D] (`x` itself when None) -> ([B, L, C], columns).
 
     The columns are the probabilities of attention to the tokens `watched` [B, N] of the context, float32
-    [B, heads, L, N]; None where nothing is watched.
+    [B, heads, L, N]; None without `watched`.
+
+    Raises: ValueError when the number of heads does not divide the channels.
     """
 
     heads: int
@@ -95,7 +98,7 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Pre-norm self-attention, cross-attention to `text` [B, M, D] and feed-forward on tokens [B, L, C].
 
-    Returns the tokens and the cross-attention's columns at `watched` [B, N], None where nothing is watched.
+    Returns the tokens and the cross-attention's columns at `watched` [B, N], or None without `watched`.
     """
 
     heads: int
@@ -123,7 +126,7 @@ class Transformer2D(nn.Module):
 
     With `scan` the blocks are one scanned stack `transformer_blocks` whose leaves (parameters and LoRA updates) lead
     with the depth axis; without it they are `transformer_blocks.0`, `transformer_blocks.1`, ...
-    Where tokens of the text are `watched` [B, N], the collection `COLUMNS` receives `cross_attention`, float32
+    With `watched` [B, N], positions in the text, the collection `COLUMNS` receives `cross_attention`, float32
     [depth, B, heads, H, W, N]: each block's probabilities of attention to these tokens.
     """
 

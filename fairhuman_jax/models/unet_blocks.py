@@ -21,19 +21,14 @@ Skips = tuple[jax.Array, ...]
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What one resolution of the UNet is made of, and how it is computed.
-
-    `layers` counts the residual blocks of the down block (the up block has one more); `resample` says whether the
-    down block halves and the up block doubles the resolution at its end. `heads` and `depth` (transformer blocks per
-    attention) are read only where `cross_attention` is set.
-    """
+    """Structure and computation of one resolution of the UNet."""
 
     channels: int
-    layers: int = 2
+    layers: int = 2  # residual blocks of the down block; the up block has one more
     cross_attention: bool = False
-    resample: bool = True
-    heads: int = 8
-    depth: int = 1
+    resample: bool = True  # the down block halves, the up block doubles the resolution at its end
+    heads: int = 8  # used only with `cross_attention`
+    depth: int = 1  # transformer blocks per attention, used only with `cross_attention`
     num_groups: int = 32
     epsilon: float = 1e-5
     act_fn: str = "silu"
@@ -89,8 +84,8 @@ class ResnetBlock(nn.Module):
 class DownBlock(nn.Module):
     """`layers` residual blocks, each with a transformer if `spec.cross_attention`, then a strided convolution.
 
-    Returns the output and one skip a layer, plus one after the convolution. `feature` (T2I-Adapter) is added where
-    such adapters are trained to be added: before the convolution in a cross-attention block, after it in a plain one.
+    Returns the output and one skip per layer, plus one after the convolution. `feature` (T2I-Adapter) is added
+    where adapters are trained to act: before the convolution in a cross-attention block, after it in a plain block.
     `watched` as in `Transformer2D`.
     """
 
@@ -142,7 +137,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """`layers + 1` residual blocks, each fed one skip (the last of `skips` first), then doubling and a convolution.
+    """`layers + 1` residual blocks, each with one skip as input (the last skip first), then doubling and a convolution.
 
     `size` (height, width) is the resolution of the next skip: latents that do not halve evenly need it.
     `watched` as in `Transformer2D`.
@@ -192,10 +187,10 @@ def encode(
     features: Sequence[jax.Array] = (),
     watched: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Skips]:
-    """The down path `down_blocks.0`, `down_blocks.1`, ... of the calling module: (output, all skips, `x` first).
+    """Apply the down path `down_blocks.0`, `down_blocks.1`, ...: returns the output and all skips, with `x` first.
 
-    Call it from a compact method: it creates the blocks there. `features` are T2I-Adapter features, one a block;
-    `watched` holds positions of tokens by the names of the blocks whose attention to them is watched.
+    Call it from a compact method, whose module gets the blocks. `features` are T2I-Adapter features, one per block;
+    `watched` maps the names of watched blocks to positions of tokens.
     """
     skips, watched = (x,), watched or {}
     for index, spec in enumerate(specs):

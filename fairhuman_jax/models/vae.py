@@ -14,9 +14,9 @@ from fairhuman_jax.models.attention import attention
 from fairhuman_jax.models.layers import Conv, GroupNorm, Linear, activation
 from fairhuman_jax.models.transformer import ATTENTION_OUTPUT, rematerialise
 
-EPSILON = 1e-6  # of every group norm of this network; no config key sets it
+EPSILON = 1e-6  # epsilon of every group norm of this network; no config key sets it
 LOGVAR_RANGE = (-30.0, 20.0)
-QUERY_CHUNK = 4096  # more queries than this go through the mid attention in turns: its scores are quadratic in pixels
+QUERY_CHUNK = 4096  # queries at a time in the mid attention, whose scores are quadratic in pixels
 
 CONFIG_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
@@ -59,9 +59,9 @@ class VAEResnet(nn.Module):
 
 
 class VAEAttention(nn.Module):
-    """Self-attention over all pixels with one head as wide as the image: [B, H, W, C] -> same.
+    """Self-attention over all pixels with one head of C channels: [B, H, W, C] -> same.
 
-    Such a head is too wide for fused kernels, so this is always the plain implementation.
+    Such a head is too wide for fused kernels, so the module always uses the plain implementation.
     """
 
     groups: int
@@ -181,11 +181,11 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Autoencoder with a Gaussian latent: `encode(image) -> (mean, logvar)`, `decode(latents) -> image`.
 
-    Images [B, H, W, 3] in [-1, 1], H and W multiples of `downscale`; latents [B, H/f, W/f, C] as the encoder
-    gives them: callers multiply by `scaling_factor` after encoding and divide before decoding. logvar is
-    clipped to [-30, 20]. Apply with `method="encode"` or `method="decode"`; a plain call decodes the mean of
-    the encoding. `scan` and `attention` are the runtime fields of every network; this one has no equal blocks
-    to scan and one head too wide for fused attention, so neither changes it.
+    Images [B, H, W, 3] in [-1, 1], H and W multiples of `downscale`; latents [B, H/f, W/f, C] are unscaled:
+    callers multiply by `scaling_factor` after encoding and divide before decoding. logvar is clipped to
+    [-30, 20]. Apply with `method="encode"` or `method="decode"`; a plain call decodes the mean of the encoding.
+    The runtime fields `scan` and `attention` have no effect: the network has no equal blocks to scan, and its one
+    head is too wide for fused attention.
     Source: Rombach et al. 2022 (latent diffusion), appendix G.
     """
 
@@ -197,7 +197,10 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **runtime: Any) -> AutoencoderKL:
-        """Build from a diffusers AutoencoderKL's `config.json`; unsupported settings are refused by name."""
+        """Build from a diffusers AutoencoderKL's `config.json`.
+
+        Raises: ValueError, which names the setting, for an unsupported setting.
+        """
         for key in UNSUPPORTED:
             if config.get(key) is not None:
                 raise ValueError(f"AutoencoderKL: {key}={config[key]} is not supported; it must be null")
@@ -228,7 +231,7 @@ class AutoencoderKL(nn.Module):
 
     @property
     def downscale(self) -> int:
-        """Image pixels a latent pixel, along one side."""
+        """Image pixels per latent pixel, along one side."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def example_inputs(self) -> tuple[jax.Array]:
@@ -246,7 +249,10 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = Conv(channels, kernel_size=1, padding=0, dtype=self.dtype)
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Image [B, H, W, 3] in [-1, 1] -> mean, log-variance of the latent [B, H/f, W/f, C], float32."""
+        """Image [B, H, W, 3] in [-1, 1] -> mean, log-variance of the latent [B, H/f, W/f, C], float32.
+
+        Raises: ValueError when H or W is no multiple of `downscale`.
+        """
         if image.shape[1] % self.downscale or image.shape[2] % self.downscale:
             raise ValueError(
                 f"AutoencoderKL: image {image.shape[1]}x{image.shape[2]} is no multiple of {self.downscale}"

@@ -1,4 +1,4 @@
-"""Rules by name and by file, and options that no rule follows."""
+"""Rules by name and by config file, and options that no rule supports."""
 
 from __future__ import annotations
 

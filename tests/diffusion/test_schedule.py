@@ -1,4 +1,4 @@
-"""Noise schedules: published figures, config round trip, refusals, timestep sampling, conversions."""
+"""Noise schedules: published figures, config round trip, rejected configs, timestep sampling, conversions."""
 
 from __future__ import annotations
 

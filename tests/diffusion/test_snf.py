@@ -1,4 +1,4 @@
-"""Saliency-adaptive noise fusion: published values, and what it does not depend on."""
+"""Saliency-adaptive noise fusion: published values and invariances."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def published() -> list[jax.Array]:
 
 
 def predictions(height: int = 9, width: int = 14, batch: int = 2) -> list[jax.Array]:
-    """Four random predictions whose responses differ from place to place."""
+    """Four random predictions whose responses differ between pixels."""
     keys = jax.random.split(jax.random.key(3), 4)
     return [0.1 * jax.random.normal(key, (batch, height, width, 4)) for key in keys]
 
@@ -122,7 +122,7 @@ def test_a_constant_on_a_saliency_changes_nothing():
     e_t0, e_t1, e_s0, e_s1 = published()
     zero, scene, subject = jnp.zeros_like(e_t0), jnp.abs(e_t1 - e_t0), jnp.abs(e_s1 - e_s0)
     stripes = jnp.tile(jnp.array([0.0, 2.0, 2.0, 0.0]), 16)
-    lattice = (stripes[:, None] * stripes)[None, :, :, None]  # what Sm makes a constant of
+    lattice = (stripes[:, None] * stripes)[None, :, :, None]  # Sm of this pattern is a constant
     np.testing.assert_allclose(snf_saliency(lattice), 1.0, rtol=1e-6)
     _, mask, _, m_s = snf_fuse(zero, scene, zero, subject, SCALE)
     _, shifted, _, raised = snf_fuse(zero, scene, zero, subject + 0.06 * lattice, SCALE)
@@ -177,7 +177,7 @@ def test_scales_and_gains_are_their_own():
     np.testing.assert_allclose(m_s, snf_saliency(6.0 * (e_s1 - e_s0)), rtol=1e-5)
     weighed = [jax.nn.log_softmax(g * m.reshape(2, -1)).reshape(m.shape) for g, m in ((3.0, m_t), (0.5, m_s))]
     np.testing.assert_array_equal(mask, weighed[1] > weighed[0])
-    # A gain of both scales is as much as a gain of the softmax, and the other way.
+    # A factor of a scale acts like the same factor of its gain.
     sharper = snf_fuse(*arrays, 6.0, 3.0)[1]
     np.testing.assert_array_equal(sharper, snf_fuse(*arrays, 2.0, 6.0, gain_t=3.0, gain_s=0.5)[1])
     each = jnp.asarray([2.0, 5.0])

@@ -1,4 +1,4 @@
-"""What every combiner keeps to: scale laws, empty tasks, non-finite gradients, transforms, devices, arguments."""
+"""Properties of all combiners: scale laws, empty tasks, non-finite gradients, transforms, devices, arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def flat(grads: dict) -> np.ndarray:
 
 @functools.cache
 def updater(method: str):
-    """The compiled update from the first state."""
+    """Run the compiled update from the first state."""
     combiner = make_combiner(method)
 
     def update(rows, losses, loss_scale=1.0):
@@ -64,7 +64,7 @@ def test_an_empty_task_leaves_the_problem_of_the_others(method):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
     if method not in ("rlw", "dwa", "graddrop"):
         alone = flat(updater(method)(rows[:2], losses[:2])[0])
-        # n_tasks counts all tasks; the mean of cagrad does as well, and the two cancel.
+        # n_tasks counts all tasks, and so does the mean of cagrad: the two factors cancel.
         factor = {"mpd": 1.5, "mgda": 1.5}.get(method, 1.0)
         np.testing.assert_allclose(flat(grads), factor * alone, rtol=2e-5, atol=1e-5)
         rows[2] = 1e-9 * (ROWS[0] + ROWS[1])  # rounding noise of the shared backward pass
@@ -117,8 +117,8 @@ def test_coefficients_are_those_of_the_given_gradients(method):
 
 
 def test_jit_vmap_pmap_and_shard_map_agree():
-    """Every device holds a share of the gradients, and their mean is combined. All rules are in one program; mpd has
-    its own tests (test_mpd_weights, test_fair_combine)."""
+    """Each device holds a part of the gradients, and the combiner combines their mean. One program contains all rules
+    except mpd, which test_mpd_weights and test_fair_combine test."""
     methods = [method for method in COMBINERS if method != "mpd"]
     shares = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3, 4)), jnp.float32) + ROWS
     losses = LOSSES + 0.1 * jnp.arange(8.0)[:, None]
@@ -170,7 +170,7 @@ def test_priorities_follow_their_task(method):
         return np.asarray(combiner.weigh(gram, combiner.init(3), jnp.ones(3), KEY)[2]["weights"])
 
     assert weights(orthogonal, priority)[0] > 1.5 * weights(orthogonal, None)[0]
-    if method != "pcgrad":  # its random order does not swap
+    if method != "pcgrad":  # its random order is not swapped with the tasks
         np.testing.assert_allclose(
             weights(gram, priority)[swap], weights(gram[swap][:, swap], priority[swap]), rtol=1e-4
         )

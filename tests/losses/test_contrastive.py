@@ -1,4 +1,4 @@
-"""The contrastive loss: by hand, its invariances, its limits, and what it refuses."""
+"""The contrastive loss: values computed by hand, invariances, limits, and rejected arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heatmap-guided loss: published figures of each piece, torch's resizes, and where gradients go."""
+"""The heatmap-guided loss: published figures of each part, torch's resizes, and the flow of gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def heat() -> jax.Array:
 
 
 def stub_encode(pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """8 x 8 average pools of the mean channel, times one factor a latent channel; a posterior without spread."""
+    """8 x 8 average pools of the mean channel, times one factor per latent channel; a posterior without spread."""
     pooled = average_area(pixels.mean(-1, keepdims=True), (64, 64))
     mean = pooled * jnp.array([1.0, -1.0, 0.5, 2.0])
     return mean, jnp.full(mean.shape, -jnp.inf)
@@ -147,7 +147,7 @@ def test_the_intended_mask_is_one_where_joints_are_seen(heat):
 def test_no_gradient_flows_through_the_weight():
     eps_hat, eps = stub_errors()
 
-    def heat_of(picture: jax.Array) -> jax.Array:  # depends on the error, so that a leak would show
+    def heat_of(picture: jax.Array) -> jax.Array:  # depends on the error, so that a leaking gradient shows
         return jnp.repeat(picture.mean(-1, keepdims=True), 17, -1)
 
     functions = {"vae_decode": stub_decode, "pose_heatmap_fn": heat_of}
@@ -186,7 +186,7 @@ def test_the_posterior_is_sampled_by_key(heat):
 
 
 def test_samples_do_not_depend_on_their_neighbours():
-    """One key a sample, and under vmap, jit and pmap alike."""
+    """One key per sample gives the same results under vmap, jit and pmap."""
     rng = np.random.default_rng(2)
     eps_hat, eps = jnp.asarray(rng.normal(size=(2, 4, 8, 8, 3)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 4)

@@ -1,4 +1,4 @@
-"""Losses for subjects: measured values of the reference, torch's resizes, properties of masks and coins."""
+"""Subject losses: measured values of the reference, torch's resizes, and properties of the masks and `masked`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fairhuman_jax.losses.localization import _resize
 
 
 def measured() -> tuple[jax.Array, np.ndarray, np.ndarray]:
-    """(column [2, 2, 8, 8, 3], segmaps [2, 3, 16, 16], valid [2, 3]) of the value that was measured."""
+    """(column [2, 2, 8, 8, 3], segmaps [2, 3, 16, 16], valid [2, 3]) of the measured value."""
     scores = np.sin(0.11 * np.arange(4 * 64 * 5)).reshape(2, 2, 8, 8, 5)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     positions = np.array([[1, 3, 0], [2, 0, 0]])
@@ -30,7 +30,7 @@ def upper_half(side: int) -> np.ndarray:
 
 
 def as_columns(maps: np.ndarray, heads: int = 2) -> jax.Array:
-    """[B, N, h, w] as attention [B, heads, h, w, N]."""
+    """Masks [B, N, h, w] as attention [B, heads, h, w, N]."""
     return jnp.repeat(jnp.moveaxis(maps, 1, -1)[:, None], heads, axis=1)
 
 
@@ -56,7 +56,7 @@ def test_uniform_attention_gives_nothing_and_layers_count_alike():
 
 
 def test_each_layer_has_its_own_size():
-    """Left half of a wide picture: attention on it, or on the upper half, whatever the layer's shape."""
+    """The subject is the left half of a wide picture; attention is on that half or the upper half, in any shape."""
     left = np.zeros((1, 1, 16, 32), np.float32)
     left[..., :16] = 1
     for height, width in ((4, 8), (8, 4), (16, 32)):
@@ -149,7 +149,7 @@ def residual() -> tuple[jax.Array, jax.Array]:
 
 
 def half_masks() -> jax.Array:
-    """One sample with a quarter and a half-covered column, one with everything, one without subjects."""
+    """Three samples: a subject on a quarter and a half-covered column, one on the whole picture, no subject."""
     mask = np.zeros((3, 4, 4, 1), np.float32)
     mask[0, :, 0], mask[0, :, 1] = 1.0, 0.5
     mask[1] = 1.0

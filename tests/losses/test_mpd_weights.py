@@ -1,4 +1,4 @@
-"""The alpha-fair solver: published values, scale laws, a float64 oracle, and every transform it is used under."""
+"""The alpha-fair solver: published values, scale laws, a float64 oracle, and the transforms that callers apply."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_every_positive_definite_gram_gives_descent_for_all():
 
 
 def test_priority_is_a_loss_factor_in_disguise():
-    """Multiplying loss i by c is priority 1/c: w_i differs by the factor c of the gradient it multiplies."""
+    """Multiplying loss i by c equals priority 1/c; w_i differs by the factor c of the gradient that it multiplies."""
     factor = 25.0
     scale = np.diag([1.0, factor, 1.0])
     scaled = mpd_weights(jnp.asarray(scale @ G0 @ scale, jnp.float32))

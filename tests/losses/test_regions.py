@@ -40,13 +40,13 @@ def test_latent_mask_reads_every_encoding():
     binary = (grey >= 128).astype(np.uint8)
     for mask in (binary, binary.astype(bool), binary.astype(np.float32), 255 * binary):
         np.testing.assert_array_equal(latent_mask(mask, 8), wanted)
-    # One mask of a batch in each encoding: they are read one by one.
+    # One mask of the batch in each encoding: each mask is read separately.
     np.testing.assert_array_equal(latent_mask(np.stack([binary[0], 255 * binary[1]]), 8), wanted)
 
 
 def test_area_pooling_keeps_what_striding_loses():
     mask = np.zeros((1, 32, 32, 1), np.uint8)
-    mask[0, 9:15, 10:13] = 1  # 18 of the 64 pixels of cell (1, 1), none of them the sampled one
+    mask[0, 9:15, 10:13] = 1  # 18 of the 64 pixels of cell (1, 1), none of which is the sampled pixel
     assert np.asarray(latent_mask(mask, 8)).sum() == 0
     pooled = np.asarray(latent_mask(mask, 8, "area"))
     assert pooled.shape == (1, 4, 4, 1) and pooled.sum() == 1 and pooled[0, 1, 1, 0] == 1

@@ -1,4 +1,4 @@
-"""attention and batchable_backward: values, gradients, and pull-backs vmapped over cotangents alone."""
+"""attention and batchable_backward: values, gradients, and pull-backs vmapped over cotangents only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def inputs(length: int = 5, dtype=np.float32):
 
 
 def written_out(query, key, value, causal=False):
-    """softmax(q k^T / sqrt(d)) v in numpy, in float64."""
+    """Compute softmax(q k^T / sqrt(d)) v in numpy, in float64."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     out = np.zeros(query.shape)
     for b in range(query.shape[0]):
@@ -64,7 +64,7 @@ def test_blocks_of_queries_equal_the_whole(length, causal):
 
 def test_half_precision_keeps_scores_in_float32():
     query, key, value = inputs(dtype=jnp.bfloat16)
-    query = query * 40  # scores of hundreds, where a bfloat16 softmax would be off by whole units
+    query = query * 40  # scores of hundreds, where bfloat16 scores would be off by whole units
     out = attention(query, key, value)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), written_out(query, key, value), atol=0.02)
@@ -77,7 +77,7 @@ def self_attention(length: int, heads: int = 2, width: int = 8):
 
 @pytest.mark.parametrize("length", [1024, 1100])
 def test_the_tpu_kernel_interpreted_equals_the_formula(length):
-    """1100 tokens are padded to blocks, and the padding must be seen by nobody."""
+    """1100 tokens are padded to blocks, and no query may attend to the padding."""
     x = self_attention(length)
     cotangents = jnp.asarray(np.random.default_rng(3).normal(size=(2, *x[0].shape)), jnp.float32)
 
@@ -130,7 +130,7 @@ def test_auto_chooses_by_platform_and_shape(platform, capability, dtype, width, 
 
 @pytest.mark.parametrize(("keys", "causal", "kernels"), [(96, False, 2), (96, True, 2), (77, False, 0)])
 def test_cudnn_can_be_pulled_back_over_several_cotangents(cudnn_to_trace, keys, causal, kernels):
-    """Traced as for a GPU, since it runs nowhere else; odd lengths, which jax 0.10 refuses, by the plain products."""
+    """Traced for a GPU, since the kernel runs only there; odd lengths, which jax 0.10 rejects, use `xla`."""
     x = jax.ShapeDtypeStruct((1, 96, 2, 64), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((1, keys, 2, 64), jnp.bfloat16)
     cotangents = jax.ShapeDtypeStruct((3, *x.shape), jnp.bfloat16)
@@ -171,7 +171,7 @@ def test_unknown_implementations_are_refused():
 
 @jax.custom_vjp
 def stubborn(query, key, value):
-    """Attention whose backward pass, as cuDNN's, cannot be batched over the cotangent alone."""
+    """Attention whose backward pass, as cuDNN's, cannot be batched over the cotangent only."""
     return attention(query, key, value)
 
 
@@ -193,7 +193,7 @@ def _refuse(axis_size, batched, *arguments):
 
 
 def model(kernel, weights, x):
-    """A projection, the kernel, a projection: so that work lies on both sides of it."""
+    """A projection, the kernel, a projection: computation before and after the kernel."""
     query, key, value = (jnp.einsum("blhd,de->blhe", y, weights) for y in x)
     return jnp.einsum("blhd,de->blhe", kernel(query, key, value), weights)
 

@@ -1,4 +1,4 @@
-"""Shared layers: norms in half precision, low-rank updates, embeddings, refused settings."""
+"""Shared layers: norms in half precision, low-rank updates, embeddings, rejected settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_group_norm_equals_torch(dtype):
-    """Torch computes in float32 from the same rounded input, so only the rounding of the output is left."""
+    """Torch computes in float32 from the same rounded input, so only the rounding of the output differs."""
     x = jnp.asarray(100 + normal(2, 4, 5, 12), dtype)
     params = {"scale": normal(12, seed=1), "bias": normal(12, seed=2)}
     out = GroupNorm(3, 1e-5, jnp.dtype(dtype)).apply({"params": params}, x)

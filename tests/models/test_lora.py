@@ -23,7 +23,7 @@ PARAMS = {
 
 @pytest.mark.parametrize(("scan", "tensors"), [(True, 176), (False, 1120)])
 def test_sdxl_unet_counts(scan, tensors):
-    """Rank 4: 1,451,520 r parameters; 1120 tensors, of which stacks hold many in one."""
+    """1,451,520 r parameters at rank r = 4; 1120 tensors, many of them in one stacked leaf."""
     shapes = expected_params(UNet2DCondition.from_config(presets.SDXL_UNET, scan=scan))
     lora = jax.eval_shape(lambda key: init_lora(key, shapes, 4), jax.random.key(0))
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(lora)) == 1_451_520 * 4
@@ -81,7 +81,7 @@ def random_like(shapes, seed=0):
 
 
 def random_variables(module, targets, *inputs):
-    """Parameters and a LoRA of rank 2 for them, none of them zero."""
+    """Parameters and a LoRA of rank 2 for them, all nonzero."""
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     lora = jax.eval_shape(lambda key: init_lora(key, {"layer": params}, 2, targets), jax.random.key(0))
     return random_like(params), random_like(lora["layer"], 1)
@@ -118,7 +118,7 @@ def test_merged_and_live_updates_are_the_same(module, targets, shape):
 def test_merging_sums_in_float32_and_keeps_the_dtype_and_the_rest():
     kernel = jnp.ones((4, 3), jnp.bfloat16)
     params = {"a": {"kernel": kernel, "bias": jnp.ones(3, jnp.bfloat16)}, "b": {"kernel": kernel}}
-    # Just over half of bfloat16's step at 1: an update that is rounded before it is added is lost.
+    # Just over half of bfloat16's step at 1: rounding the update before adding it would lose it.
     up = jnp.tile(jnp.array([[2**-8], [2**-17]]), (1, 3))
     merged = merge_lora(params, {"a": {"down": jnp.ones((4, 2)), "up": up}})
     assert merged["a"]["kernel"].dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""Postfuse: size, what passes through untouched, slots of padding, the order of subjects, gradients, refused input."""
+"""Postfuse: size, unchanged states, slots of padding, the order of subjects, gradients, rejected inputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_all_other_states_pass_through_bit_for_bit():
 
 
 def test_padding_does_not_overwrite_a_subject_at_its_position():
-    """The slots of padding lie at the start token, which a marker before all words flags too."""
+    """Slots of padding have the start token's position, which a marker before all words also gets."""
     positions, valid = np.array([[0, 0], [0, 0], [3, 3]]), np.array([[True, False], [False, True], [True, False]])
     fused = np.asarray(fuse(PARAMS, TEXT, SUBJECTS, positions, valid))
     assert np.argwhere((fused != np.asarray(TEXT)).any(-1)).tolist() == [[0, 0], [1, 0], [2, 3]]

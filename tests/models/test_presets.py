@@ -1,4 +1,4 @@
-"""Published configurations: parameter and tensor counts, and that nothing of them is lost or refused."""
+"""Published configurations: parameter and tensor counts, and round trips of every config."""
 
 from __future__ import annotations
 

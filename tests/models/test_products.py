@@ -1,4 +1,4 @@
-"""Products and convolutions in bfloat16 on CPUs: rounded once, differentiable, without XLA's detour over float32."""
+"""Products and convolutions in bfloat16 on CPUs: rounded once, differentiable, without conversion to float32."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def normal(*shape, seed=0):
 
 
 def close_to_rounding(found, exact, inner):
-    """Each value rounded once to bfloat16, from float32 sums over `inner` terms."""
+    """Check that each value is rounded once to bfloat16, from float32 sums over `inner` terms."""
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=2**-8, atol=1e-5 * inner**0.5)
 
 
 def exact_convolution(x, kernel, strides, padding):
-    """In float32, by jax's own function."""
+    """Convolution in float32 by jax's own function."""
     x, kernel = (a.astype(jnp.float32) for a in (x, kernel))
     dimensions = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (strides,) * 2, padding, dimension_numbers=dimensions)
@@ -65,7 +65,7 @@ def test_few_channels_stay_a_convolution(channels):
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 @pytest.mark.parametrize(("strides", "padding"), [(1, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1))), (2, ((2, 0), (1, 1)))])
 def test_a_convolution_is_the_same_in_blocks_of_any_rows(monkeypatch, strides, padding, rows):
-    """Seven or four rows of pixels in all, so that some last blocks are not full."""
+    """The results have seven or four rows of pixels, so that some last blocks are not full."""
     x, kernel = normal(2, 7, 6, FEW_CHANNELS), normal(3, 3, FEW_CHANNELS, FEW_CHANNELS + 2, seed=1)
     exact = exact_convolution(x, kernel, strides, padding)
     row_bytes = 2 * exact.shape[2] * 9 * FEW_CHANNELS * x.dtype.itemsize
@@ -74,7 +74,7 @@ def test_a_convolution_is_the_same_in_blocks_of_any_rows(monkeypatch, strides, p
 
 
 def test_compiled_for_a_cpu_a_convolution_holds_few_patches():
-    """All of them would be 72 MiB."""
+    """All copies together would take 72 MiB."""
     x = jax.ShapeDtypeStruct((1, 256, 256, FEW_CHANNELS), jnp.bfloat16)
     kernel = jax.ShapeDtypeStruct((3, 3, FEW_CHANNELS, FEW_CHANNELS), jnp.bfloat16)
     program = jax.jit(lambda x, kernel: convolution(x, kernel, 1, ((1, 1), (1, 1)))).lower(x, kernel).compile()
@@ -88,7 +88,7 @@ def test_other_dtypes_stay_a_convolution(dtype):
 
 
 def test_other_platforms_keep_their_programs():
-    """What a program traced for a TPU holds, as ahead-of-time compilation traces it."""
+    """Operations of a program traced for a TPU, as in ahead-of-time compilation."""
     device = jax.sharding.AbstractDevice("TPU v5p", 1, "tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     x, kernel = normal(1, 4, 4, FEW_CHANNELS), normal(3, 3, FEW_CHANNELS, FEW_CHANNELS, seed=1)
@@ -140,12 +140,12 @@ def test_low_rank_updates_in_bfloat16(layer):
     lora = {"down": normal(*params["kernel"].shape[:-1], 2, seed=1), "up": normal(2, FEW_CHANNELS, seed=2)}
     found = layer.clone(dtype=jnp.bfloat16).apply({"params": params, "lora": lora}, x)
     exact = layer.apply({"params": params, "lora": lora}, x.astype(jnp.float32))
-    # The kernel, both factors' results and their sum are rounded as well: a few roundings of the largest value.
+    # The kernel, both factors' results and their sum are rounded too: allow a few roundings of the largest value.
     np.testing.assert_allclose(np.asarray(found, np.float32), exact, atol=2**-7 * np.abs(exact).max())
 
 
 def test_compiled_for_a_cpu_nothing_is_widened_before_a_product():
-    """With the doors' choice of kernels; a float32 operand would show as a float32 copy of the kernel."""
+    """With the doors' choice of kernels, a float32 operand would appear as a float32 copy of the kernel."""
     code = (
         "from fairhuman_jax.devices.kernels import choose_cpu_kernels\n"
         "choose_cpu_kernels('bfloat16')\n"
@@ -162,7 +162,7 @@ def test_compiled_for_a_cpu_nothing_is_widened_before_a_product():
 
 
 def test_compiled_for_a_cpu_a_scanned_stack_of_kernels_has_no_float32_copy():
-    """With the doors' choice of passes; XLA by itself widens the whole stack ahead of the loop."""
+    """With the doors' choice of passes; by default XLA converts the whole stack to float32 before the loop."""
     code = (
         "from fairhuman_jax.devices.kernels import choose_cpu_kernels\n"
         "choose_cpu_kernels('bfloat16')\n"

@@ -1,4 +1,4 @@
-"""UNet2DCondition: full-size shapes, scanned and rematerialised forms, LoRA, compute dtype, refused configs."""
+"""UNet2DCondition: full-size shapes, scanned and rematerialised forms, LoRA, compute dtype, rejected configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AutoencoderKL: shapes, asymmetric padding, clipped log-variance, attention in turns, refused configs."""
+"""AutoencoderKL: shapes, asymmetric padding, clipped log-variance, attention in chunks, rejected configs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_attention_over_many_pixels_in_turns_equals_attention_at_once(image, mon
     module = AutoencoderKL.from_config(TINY)
     variables = {"params": random_params(module)}
     at_once = encode(module, variables, image)[0]
-    monkeypatch.setattr(vae_module, "QUERY_CHUNK", 7)  # 24 pixels: three chunks and a rest
+    monkeypatch.setattr(vae_module, "QUERY_CHUNK", 7)  # 24 pixels: three full chunks and a remainder
     in_turns = encode(module, variables, image)[0]
     np.testing.assert_allclose(in_turns, at_once, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""tiled_decode: what needs no tiling, what a linear decoder must give, how many shapes are decoded."""
+"""tiled_decode: small latents, exact results with a linear decoder, the number of decoded shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fairhuman_jax.models import tiled_decode
 
 
 def doubled(latents: jax.Array) -> jax.Array:
-    """A decoder of factor 2 that looks at one pixel at a time, so that tiles agree where they overlap."""
+    """A decoder of factor 2 that reads one pixel at a time, so that overlapping tiles agree."""
     return jnp.tile(latents.repeat(2, axis=1).repeat(2, axis=2), 3)
 
 
@@ -44,7 +44,7 @@ def test_small_latents_are_decoded_whole_and_large_ones_once_a_shape():
 
 
 def test_a_tile_fades_linearly_out_of_the_one_above():
-    """A decoder that paints each tile with its first value shows the weights themselves."""
+    """With a decoder that fills each tile with its first value, the result shows the fading weights."""
     z = np.concatenate([np.zeros((1, 4, 8, 1)), np.ones((1, 8, 8, 1))], axis=1)
     paint = quick_jit(lambda z: tiled_decode(lambda z: z[:, :1, :1] + 0 * z, z, tile=8, overlap=0.5))
     np.testing.assert_allclose(paint(z)[0, :, 0, 0], [0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1], atol=1e-6)

@@ -1,4 +1,4 @@
-"""Watched cross-attention: which blocks, shapes and order; scanned and rematerialised forms; what watching changes."""
+"""Watched cross-attention: blocks, shapes, order; scanned and rematerialised forms; effects on output and gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny_models import quick_jit, random_params
 from fairhuman_jax.models import COLUMNS, UNet2DCondition, presets, watched_columns
 from fairhuman_jax.models.attention import attention_columns
 
-# Two blocks with cross-attention, of one and of two stacks of two.
+# Two blocks with cross-attention, with one and two stacks of two transformer blocks.
 TINY = {
     "block_out_channels": [16],
     "down_block_types": ["CrossAttnDownBlock2D"],
@@ -45,7 +45,7 @@ def unrolled(tree):
 
 
 def watch(params, **runtime):
-    """(output, columns) and the gradients of a loss on the columns alone."""
+    """(output, columns) and the gradients of a loss on the columns only."""
     module = UNet2DCondition.from_config(TINY, **runtime)
 
     def loss(params):
@@ -112,7 +112,7 @@ def test_gradients_flow_through_the_columns_and_no_further(scanned):
     cross = gradients["up_blocks.0"]["attentions.1"]["transformer_blocks"]["attn2"]
     for name in ("to_q", "to_k"):
         assert (np.abs(cross[name]["kernel"]).max((1, 2)) > 1e-4).all()
-    # The values of the last watched attention, and all behind it, have no part in its columns.
+    # The columns do not depend on the last watched attention's values or on any later parameter.
     assert not cross["to_v"]["kernel"][1].any() and cross["to_v"]["kernel"][0].any()
     assert not gradients["conv_out"]["kernel"].any()
     assert np.abs(gradients["conv_in"]["kernel"]).max() > 1e-4
